@@ -1,0 +1,284 @@
+"""Every default of VQ-Flow, written once.
+
+`Config` is a value: four frozen parts, one per concern, made by `make_config` from a preset and from what the user
+typed. The command line (main.py) is generated from the `option` metadata below. This module imports nothing but the
+standard library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+__version__ = "1.0.0"
+
+MVTEC_CLASSES = (
+    "carpet", "grid", "leather", "tile", "wood", "bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill",
+    "screw", "toothbrush", "transistor", "zipper",
+)  # fmt: skip
+VISA_CLASSES = (
+    "candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb1", "pcb2", "pcb3", "pcb4",
+    "pipe_fryum",
+)  # fmt: skip
+DATASETS = ("mvtec", "visa", "folder", "sample")
+SCORES = ("mul", "add", "likelihood")
+
+
+class UsageError(ValueError):
+    """A mistake of the user's: main.py prints its one line and leaves with status 2."""
+
+
+def option(default: Any, text: str, *, choices: tuple = (), low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field that is also a command-line flag; `low` and `high` are inclusive bounds."""
+    return field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
+
+
+def flag_of(name: str) -> str:
+    """The spelling of a field on the command line; the released code writes --eval_ckpt with an underscore."""
+    return "--eval_ckpt" if name == "eval_ckpt" else "--" + name.replace("_", "-")
+
+
+def expect(flag: str, value: Any, choices: tuple | list) -> None:
+    """Raise `UsageError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UsageError(f"{flag}: expected one of {', '.join(map(str, choices))}, but got {value!r}")
+
+
+class Part:
+    """Checks that every part of the configuration shares: choices and bounds, element by element for tuples."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # type: ignore[arg-type]
+            value, meta = getattr(self, entry.name), entry.metadata
+            for item in value if isinstance(value, tuple) else (value,):
+                if item is None:
+                    continue
+                if meta["choices"]:
+                    expect(flag_of(entry.name), item, meta["choices"])
+                self._check_bounds(flag_of(entry.name), item, meta["low"], meta["high"])
+
+    @staticmethod
+    def _check_bounds(flag: str, item: Any, low: float | None, high: float | None) -> None:
+        if isinstance(item, float) and not math.isfinite(item):
+            raise UsageError(f"{flag}: expected a finite number, but got {item}")
+        if low is not None and item < low:
+            raise UsageError(f"{flag}: expected at least {low}, but got {item}")
+        if high is not None and item > high:
+            raise UsageError(f"{flag}: expected at most {high}, but got {item}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Part):
+    """Which images, how large, and how they are read."""
+
+    dataset: str = option("mvtec", "the data set", choices=DATASETS)
+    data_path: str | None = option(
+        None, "folder that holds one folder per class (default: the data set's own place under data/)"
+    )
+    class_names: tuple[str, ...] = option(("all",), "one class, several, or all")
+    multi_class: bool = option(False, "one model for all classes instead of one model per class")
+    input_size: int = option(384, "side in pixels to which images are resized", low=32, high=4096)
+    limit: int | None = option(None, "use at most this many images per class and kind, for a quick look", low=1)
+    workers: int | None = option(
+        None, "processes that read images (default: 0 on a CPU, up to 8 with a GPU)", low=0, high=256
+    )
+    pre_extract: bool = option(False, "extract the features of the training images once and train from that cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Part):
+    """The extractor, the two levels of codebooks, the flows and the prior."""
+
+    extractor: str = option("convnextv2_base", "any timm model that gives feature maps")
+    weights: str | None = option(
+        None, "file with the extractor's weights (.safetensors, .pth, .bin) instead of a download"
+    )
+    pretrained: bool = option(True, "pretrained weights for the extractor; without them its weights are random")
+    pool_type: str = option("avg", "3x3 stride-2 pooling of the levels below the top", choices=("avg", "max", "none"))
+    standardize: bool = option(True, "standardize each feature channel with statistics of the training images")
+    quantize_enable: bool = option(False, "use the codebooks: concept (CPC) and concept-specific patterns (CSPC)")
+    quantize_type: str = option("residual", "what the pattern codebooks quantize", choices=("residual", "naive"))
+    pattern_quantize: bool = option(True, "use the pattern codebooks (CSPC) beside the concept codebook")
+    concat_pos: bool = option(False, "put a sine/cosine encoding of the position into the condition")
+    mixed_gaussian: bool = option(False, "a Gaussian of its own for each concept as the latent prior")
+    dim_cpc: int = option(512, "size of a concept's vector", low=1, high=65536)
+    k_cpc: int = option(32, "number of concepts", low=1, high=1 << 20)
+    k_cspc: int = option(512, "number of patterns per level", low=1, high=1 << 20)
+    c_pos_conds: tuple[int, ...] = option(
+        (64,), "channels of the position encoding: one value, or the same one per level", low=4, high=4096
+    )
+    c_conds: tuple[int, ...] | None = option(
+        None,
+        "project each level's condition to this many channels: one value, or one per level (default: no projection)",
+        low=1,
+        high=65536,
+    )
+    parallel_blocks: tuple[int, ...] = option(
+        (2, 5, 8), "flow blocks per level: one value, or one per level", low=1, high=64
+    )
+    clamp: float = option(1.9, "bound on the log-scale of the couplings", low=0.01, high=20.0)
+    codebooks: str = option(
+        "seeded", "codebook updates: seeded from data and revived, or as released", choices=("seeded", "released")
+    )
+    objective: str = option(
+        "likelihood",
+        "exact likelihood, or the released loss without the mixture's log-determinant",
+        choices=("likelihood", "released"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("parallel_blocks", "c_conds", "c_pos_conds"):
+            value = getattr(self, name)
+            if value is not None and len(value) not in (1, 3):
+                raise UsageError(f"{flag_of(name)}: expected one value or three (one per level), but got {len(value)}")
+        if len(set(self.c_pos_conds)) > 1:
+            raise UsageError(
+                "--c-pos-conds: the levels share one semantic embedding, so the values must be equal, "
+                f"but got {' '.join(map(str, self.c_pos_conds))}"
+            )
+        if self.c_pos_conds[0] % 4:
+            raise UsageError(
+                "--c-pos-conds: expected a multiple of 4 (sine and cosine, row and column), "
+                f"but got {self.c_pos_conds[0]}"
+            )
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return self.parallel_blocks * 3 if len(self.parallel_blocks) == 1 else self.parallel_blocks
+
+    @property
+    def condition_sizes(self) -> tuple[int, ...] | None:
+        return self.c_conds * 3 if self.c_conds is not None and len(self.c_conds) == 1 else self.c_conds
+
+    @property
+    def positions(self) -> int:
+        """P, the channels of the position encoding; 0 without `concat_pos`."""
+        return self.c_pos_conds[0] if self.concat_pos else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Part):
+    """The optimisation."""
+
+    lr: float = option(1e-4, "learning rate", low=1e-9, high=10.0)
+    batch_size: int = option(16, "images per step", low=1, high=65536)
+    meta_epochs: int = option(30, "meta epochs; the model is evaluated after each", low=1, high=100000)
+    sub_epochs: int = option(2, "passes over the training images in a meta epoch", low=1, high=100000)
+    schedule: str = option(
+        "step",
+        "learning rate over the run: step (x0.33 at 70 %% and 90 %% of it), cosine, constant, or as released",
+        choices=("step", "cosine", "constant", "released"),
+    )
+    warmup: float = option(1 / 6, "share of the run with a rising learning rate", low=0.0, high=1.0)
+    weight_decay: float = option(0.0, "decoupled weight decay", low=0.0, high=1.0)
+    noise: float = option(
+        0.0, "standard deviation of Gaussian noise on the standardized features while training", low=0.0, high=10.0
+    )
+    clip_norm: float = option(2.0, "largest norm of the gradient", low=1e-6)
+    quantize_weight: float = option(1.0, "weight of the codebooks' commitment in the loss", low=0.0)
+    reassign_quantize: bool = option(False, "after a meta epoch, re-seed unused codes from the most used ones")
+    amp_enable: bool = option(False, "mixed precision (bfloat16) where the device has it")
+    resume: bool = option(False, "go on with the newest unfinished run of the same settings")
+    tensorboard: bool = option(False, "log to TensorBoard files in the run folder")
+    wandb_enable: bool = option(False, "log to Weights & Biases")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Part):
+    """Scores, metrics and what is shown of them."""
+
+    eval_ckpt: str | None = option(None, "checkpoint to evaluate, ours or an official one")
+    eval_interval: int = option(1, "meta epochs between evaluations; the last one is always evaluated", low=1)
+    loc_eval: bool = option(False, "show pixel AUROC during training")
+    pro_eval: bool = option(False, "show AUPRO during training")
+    pro_eval_interval: int = option(4, "meta epochs between the AUPRO values shown during training", low=1)
+    image_score: str = option("mul", "map that image metrics are made of", choices=SCORES)
+    pixel_score: str = option("add", "map that pixel metrics are made of", choices=SCORES)
+    pro_score: str = option("mul", "map that AUPRO is made of", choices=SCORES)
+    top_k: float = option(0.03, "share of the highest pixels whose mean is the image score", low=1e-6, high=1.0)
+    fpr_limit: float = option(0.3, "false-positive rate up to which AUPRO is integrated", low=1e-4, high=1.0)
+    pictures: int = option(4, "pictures per class and kind of defect (image, score map, mask)", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Part):
+    """Where and on what the program runs."""
+
+    mode: str = option("train", "what to do", choices=("train", "test"))
+    work_dir: str = option("work_dirs", "folder for run folders")
+    device: str = option("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
+    seed: int = option(9826, "seed of every random choice", low=0, high=2**32 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All that a run depends on."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        if self.run.mode == "test" and not self.eval.eval_ckpt:
+            raise UsageError("--eval_ckpt: expected a checkpoint file in --mode test, but got none")
+        if self.train.noise and not self.model.standardize:
+            raise UsageError("--noise: works on standardized features, but --no-standardize was given")
+
+
+PARTS: dict[str, type[Part]] = {
+    "data": DataConfig, "model": ModelConfig, "train": TrainConfig, "eval": EvalConfig, "run": RunConfig,
+}  # fmt: skip
+
+_METHOD = {
+    "class_names": ("all",), "multi_class": True, "quantize_enable": True, "quantize_type": "residual",
+    "concat_pos": True, "mixed_gaussian": True,
+}  # fmt: skip
+_PAPER = _METHOD | {"extractor": "convnextv2_base", "standardize": False}
+_SMALL = _METHOD | {
+    "extractor": "tf_efficientnet_lite0", "input_size": 256, "dim_cpc": 64, "k_cpc": 16, "k_cspc": 128,
+    "c_pos_conds": (16,), "lr": 3e-4, "schedule": "cosine", "warmup": 0.1, "noise": 0.3, "weight_decay": 0.01,
+    "meta_epochs": 3, "pre_extract": True,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper-mvtec": _PAPER | {"dataset": "mvtec"},
+    "paper-visa": _PAPER | {"dataset": "visa"},
+    "released": _PAPER | {"objective": "released", "codebooks": "released", "schedule": "released"},
+    "cpu": _SMALL,
+    "sample": _SMALL | {"dataset": "sample"},
+}
+
+
+def make_config(preset: str | None = None, **typed: Any) -> Config:
+    """The defaults, overridden by a preset's row, overridden by what the user typed.
+
+    Raises:
+        UsageError: unknown preset or option, or a value out of its range.
+    """
+    if preset is not None:
+        expect("--preset", preset, tuple(PRESETS))
+    values = (PRESETS[preset] if preset else {}) | typed
+    owner = {entry.name: part for part, kind in PARTS.items() for entry in fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        expect("option", name, tuple(owner))
+    made = {part: kind(**{n: v for n, v in values.items() if owner[n] == part}) for part, kind in PARTS.items()}
+    return Config(**made)  # type: ignore[arg-type]
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Plain values, ready for JSON or a checkpoint."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, dict[str, Any]]) -> Config:
+    """The inverse of `to_dict`; lists (JSON has no tuples) become tuples.
+
+    Raises:
+        UsageError: a value out of its range, or a part or name that this version does not know.
+    """
+    flat = {n: tuple(v) if isinstance(v, list) else v for part in values.values() for n, v in part.items()}
+    return make_config(**flat)

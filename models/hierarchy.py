@@ -1,0 +1,184 @@
+"""Hierarchical quantization: the image's concept, then a pattern at each position (paper, sections 3.2 and 3.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.codebook import Codebook
+from models.condition import Condition
+
+LEVELS = 3  # levels with a flow; the top one follows them
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionSet:
+    """Conditions of the three levels and of the top, and what they were made of.
+
+    `concept` (B, D) with the straight-through gradient, `concept_index` (B,) or None without codebooks, `maps` four
+    conditions, `patterns` four index maps (B, H_l, W_l) or none, `commitment` the sum over all codebooks.
+    """
+
+    concept: Tensor
+    concept_index: Tensor | None
+    maps: tuple[Condition, ...]
+    patterns: tuple[Tensor, ...]
+    commitment: Tensor
+
+
+def mlp(width: int, *sizes: int) -> nn.Sequential:
+    """Linear, BN, ReLU for each size; 1x1 convolutions with `width` 2, linear layers with `width` 0."""
+    layer = (lambda a, b: nn.Conv2d(a, b, 1)) if width == 2 else nn.Linear
+    norm = nn.BatchNorm2d if width == 2 else nn.BatchNorm1d
+    layers: list[nn.Module] = []
+    for a, b in pairwise(sizes):
+        layers += [layer(a, b), norm(b), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+@lru_cache(maxsize=32)
+def position_encoding(channels: int, height: int, width: int) -> Tensor:
+    """Sine/cosine encoding (channels, height, width): the first half encodes the column, the second the row.
+
+    Inside a half even channels are sines, odd ones cosines, with frequencies exp(-ln(1e4) 2i / half) (Vaswani et al.,
+    arXiv 1706.03762, section 3.5, in two dimensions).
+    """
+    half = channels // 2
+    frequency = torch.exp(torch.arange(0, half, 2) * -(math.log(1e4) / half))[:, None]
+
+    def encode(length: int) -> Tensor:
+        angle = torch.arange(length) * frequency
+        return torch.stack([angle.sin(), angle.cos()], 1).flatten(0, 1)  # (half, length)
+
+    column = encode(width)[:, None, :].expand(half, height, width)
+    row = encode(height)[:, :, None].expand(half, height, width)
+    return torch.cat([column, row])
+
+
+class Hierarchy(nn.Module):
+    """Features of four levels -> the conditions of the flows.
+
+    Args:
+        channels: channels of the four feature levels, the top one last.
+        dim: D, size of a concept.
+        positions: P, channels of the position encoding, 0 for none.
+        concepts, patterns: codes of the CPC and of each CSPC.
+        quantize: "residual", "naive", "concept" (CPC only) or "none" (no codebooks).
+        sizes: channels to which each level's condition is projected, None for no projection.
+        released: released codebook updates.
+    """
+
+    def __init__(
+        self, *, channels: Sequence[int], dim: int, positions: int, concepts: int, patterns: int, quantize: str,
+        sizes: Sequence[int] | None = None, released: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.positions, self.quantize = positions, quantize
+        wide = dim + positions if quantize == "residual" else dim
+        top = channels[-1]
+        self.semantic_mlp = mlp(0, top, dim, dim)
+        self.semantic_encoder = mlp(2, top, wide)
+        self.upsamplers = nn.ModuleList(nn.Conv2d(wide, wide, 1) for _ in range(LEVELS))
+        self.feature_mlps = nn.ModuleList(mlp(2, c, wide, wide) for c in channels)
+        self.cpc = Codebook(codes=concepts, dim=dim, released=released) if quantize != "none" else None
+        self.cspc = nn.ModuleList(
+            Codebook(codes=patterns, dim=dim + positions, released=released)
+            for _ in range(LEVELS + 1)
+            if quantize in ("residual", "naive")
+        )
+        full = dim + positions + dim
+        self.projections = nn.ModuleList(nn.Conv2d(full, size, 1) for size in (*sizes, sizes[-1])) if sizes else None
+        self.condition_channels = tuple(sizes[min(i, 2)] if sizes else full for i in range(LEVELS + 1))
+
+    def semantics(self, top: Tensor) -> Tensor:
+        """s (B, D): what the whole image is."""
+        return self.semantic_mlp(top.mean((2, 3)))
+
+    def embeddings(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """g_l (B, D', H_l, W_l) of the three levels and the top."""
+        r = self.semantic_encoder(features[-1])
+        embedded = [f(h) for f, h in zip(self.feature_mlps, features, strict=True)]
+        for level, up in enumerate(self.upsamplers):
+            size = embedded[level].shape[-2:]
+            embedded[level] = embedded[level] + up(F.interpolate(r, size=size, mode="bilinear", align_corners=False))
+        return embedded
+
+    def encoding(self, like: Tensor) -> Tensor:
+        """The position encoding for the map `like`, (B, P, H, W)."""
+        b, _, h, w = like.shape
+        return position_encoding(self.positions, h, w).to(like).expand(b, -1, -1, -1)
+
+    def with_position(self, x: Tensor, *, first: bool = False) -> Tensor:
+        """`x` (B, ., H, W) beside the position encoding, if there is one."""
+        if not self.positions:
+            return x
+        return torch.cat([self.encoding(x), x] if first else [x, self.encoding(x)], 1)
+
+    def pattern_input(self, embedded: Tensor, concept: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a CSPC quantizes (B, D + P, H, W), and the base that is added to its code (None for naive)."""
+        if self.quantize != "residual":
+            return self.with_position(embedded), None
+        spread = concept[..., None, None].expand(-1, -1, *embedded.shape[-2:])
+        base = self.with_position(spread, first=True)
+        return embedded - base, base
+
+    def condition(self, level: int, embedded: Tensor, concept: Tensor) -> tuple[Condition, Tensor | None, Tensor]:
+        """Condition, pattern indices (B, H, W) and commitment of one level."""
+        x, base = self.pattern_input(embedded, concept)
+        indices, commitment = None, x.new_zeros(())
+        if self.cspc:
+            out = self.cspc[level](x.permute(0, 2, 3, 1))
+            x, indices, commitment = out.quantized.permute(0, 3, 1, 2), out.indices, out.commitment
+        x = x if base is None else base + x
+        dense = torch.cat([x, concept[..., None, None].expand(-1, -1, *x.shape[-2:]).to(x.dtype)], 1)
+        if self.projections is not None:
+            dense = self.projections[level](dense)
+        return Condition(dense=dense), indices, commitment
+
+    def forward(self, features: Sequence[Tensor]) -> ConditionSet:
+        """Features (B, c_l, H_l, W_l) of the three levels and the top -> their conditions."""
+        concept, index, commitment = self.semantics(features[-1]), None, features[-1].new_zeros(())
+        if self.cpc is not None:
+            out = self.cpc(concept)
+            concept, index, commitment = out.quantized, out.indices, out.commitment
+        maps, patterns = [], []
+        for level, embedded in enumerate(self.embeddings(features)):
+            made, indices, loss = self.condition(level, embedded, concept)
+            maps.append(made)
+            commitment = commitment + loss
+            if indices is not None:
+                patterns.append(indices)
+        return ConditionSet(
+            concept=concept, concept_index=index, maps=tuple(maps), patterns=tuple(patterns), commitment=commitment
+        )
+
+    def codebooks(self) -> dict[str, Codebook]:
+        """All codebooks by name: cpc, cspc_0 .. cspc_top."""
+        named = {"cpc": self.cpc} if self.cpc is not None else {}
+        return named | {f"cspc_{i if i < LEVELS else 'top'}": book for i, book in enumerate(self.cspc)}  # type: ignore[dict-item]
+
+    @torch.no_grad()
+    def seed(self, batches: Sequence[Sequence[Tensor]], *, samples: int = 16384) -> None:
+        """Place all codes in the embeddings of `batches` (each: the four feature levels), concepts first."""
+        if self.cpc is None:
+            return
+        semantics = [self.semantics(f[-1]) for f in batches]
+        self.cpc.seed(torch.cat(semantics))
+        if not self.cspc:
+            return
+        share = max(samples // len(batches), 1)
+        picked: list[list[Tensor]] = [[] for _ in self.cspc]
+        for features, s in zip(batches, semantics, strict=True):
+            concept = self.cpc.embed[self.cpc.nearest(s.float())].to(s)
+            for level, embedded in enumerate(self.embeddings(features)):
+                flat = self.pattern_input(embedded, concept)[0].permute(0, 2, 3, 1).flatten(0, 2)
+                picked[level].append(flat[torch.randperm(len(flat), device=flat.device)[:share]].clone())
+        for book, rows in zip(self.cspc, picked, strict=True):
+            book.seed(torch.cat(rows))  # type: ignore[operator]

@@ -1,0 +1,294 @@
+"""The evaluation loop: a model over the test images, once, into the metrics of every class.
+
+`Stage` holds what training and evaluation have in common: the device, the extractor and the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from datasets import build_datasets, resolve_classes
+from datasets.features import CachedFeatures, FeatureBatch, LiveFeatures, cache_key, cached_features
+from datasets.folder import ImageFolder
+from datasets.loaders import resolve_workers, test_loader, train_loader
+from datasets.transforms import denormalize
+from default import Config, EvalConfig, ModelConfig, UsageError, from_dict, make_config, to_dict
+from models.extractor import FrozenExtractor
+from models.official import is_official, load_official, load_strictly
+from models.vqflow import VQFlow, pool_features
+from utils.checkpoint import FORMAT, read_checkpoint
+from utils.device import autocast, resolve_device
+from utils.metrics import ClassAccumulator, ClassResult, mean_results
+from utils.plots import save_picture, triptych
+from utils.runs import check_writable, new_run
+from utils.scoring import ScoreMaps, image_scores, score_maps
+from utils.seed import seed_everything
+from utils.tables import format_table, write_tables
+
+Source = LiveFeatures | CachedFeatures
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageResult:
+    """One test image: its file, class, label and image score."""
+
+    path: str
+    class_name: str
+    label: int
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Seven metrics per class and their mean, and every image's score."""
+
+    classes: dict[str, ClassResult]
+    mean: ClassResult
+    images: tuple[ImageResult, ...]
+
+
+class Stage:
+    """The device and the frozen extractor of a configuration, and features of images by them.
+
+    Raises:
+        UsageError: the device or the extractor's weights are not there, or the work folder cannot be written.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.device = config, resolve_device(config.run.device)
+        self.cache = check_writable(config.run.work_dir) / "cache"
+        seed_everything(config.run.seed)  # for an extractor with random weights
+        model = config.model
+        self.extractor = FrozenExtractor(
+            model.extractor, input_size=config.data.input_size, weights=model.weights, pretrained=model.pretrained
+        ).to(self.device)
+        self.fingerprint = self.extractor.fingerprint()
+        self.workers = resolve_workers(config.data.workers, self.device.type)
+
+    def build_model(self) -> VQFlow:
+        """A new model, its random choices drawn from the seed."""
+        seed_everything(self.config.run.seed)
+        return VQFlow(self.config.model, self.extractor.channels, self.extractor.strides).to(self.device)
+
+    def extract(self, image: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W) -> pooled feature levels."""
+        with torch.no_grad(), autocast(self.device, self.config.train.amp_enable):
+            levels = self.extractor(image)
+        return [h.float() for h in pool_features(levels, self.extractor.strides, self.config.model.pool_type)]
+
+    def training_features(self, dataset: ImageFolder) -> Source:
+        """Shuffled batches, the last partial one dropped."""
+        loader = train_loader(
+            dataset, batch_size=self.config.train.batch_size, workers=self.workers, seed=self.config.run.seed,
+            pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        return self._source(loader, dataset)
+
+    def test_features(self, dataset: ImageFolder) -> Source:
+        """All images in order."""
+        return self._source(self._ordered(dataset), dataset)
+
+    def _ordered(self, dataset: ImageFolder) -> DataLoader:
+        return test_loader(
+            dataset,
+            batch_size=self.config.train.batch_size,
+            workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _source(self, loader: DataLoader, dataset: ImageFolder) -> Source:
+        """From the cache with --pre-extract, else computed batch by batch."""
+        if not self.config.data.pre_extract:
+            return LiveFeatures(loader, self.extract, self.device)
+        key = cache_key(
+            dataset, extractor=self.fingerprint, pool=self.config.model.pool_type, size=dataset.input_size,
+            amp=self.config.train.amp_enable,
+        )  # fmt: skip
+        return cached_features(
+            loader, self._ordered(dataset), self.extract, device=self.device, root=self.cache, key=key,
+            progress=lambda batches, text: tqdm(batches, desc=text, leave=False),
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def predict(model: VQFlow, features: Sequence[Tensor], size: int, *, amp: bool = False) -> ScoreMaps:
+    """Maps (B, size, size) of pooled feature levels."""
+    with autocast(features[0].device, amp):
+        output = model.forward_pooled(features)
+    return score_maps(output.latents, size, output.local_log_det)
+
+
+def evaluate(
+    model: VQFlow,
+    batches: Iterable[FeatureBatch],
+    class_names: Sequence[str],
+    config: EvalConfig,
+    *,
+    size: int,
+    amp: bool = False,
+) -> EvalResult:
+    """Score every image of `batches` and compute each class's metrics.
+
+    Args:
+        model: is put into eval mode, and back as it was.
+        size: side of maps and masks.
+    """
+    was_training = model.training
+    model.eval()
+    accumulators = {name: ClassAccumulator(fpr_limit=config.fpr_limit) for name in class_names}
+    images: list[ImageResult] = []
+    for batch in batches:
+        maps = predict(model, batch.features, size, amp=amp)
+        scores = image_scores(getattr(maps, config.image_score), config.top_k)
+        for index, rows in by_class(batch.class_index):
+            accumulators[class_names[index]].update(
+                labels=batch.label[rows], scores=scores[rows], masks=batch.mask[rows],
+                maps=getattr(maps, config.pixel_score)[rows], pro_maps=getattr(maps, config.pro_score)[rows],
+            )  # fmt: skip
+        images += [
+            ImageResult(path=path, class_name=class_names[c], label=label, score=score)
+            for path, c, label, score in zip(
+                batch.path, batch.class_index.tolist(), batch.label.tolist(), scores.tolist(), strict=True
+            )
+        ]
+    model.train(was_training)
+    classes = {name: accumulator.compute() for name, accumulator in accumulators.items()}
+    return EvalResult(classes=classes, mean=mean_results(classes), images=tuple(images))
+
+
+def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each class in the batch and the rows that belong to it."""
+    for index in class_index.unique().tolist():
+        yield index, (class_index == index).nonzero().flatten()
+
+
+def save_pictures(stage: Stage, model: VQFlow, dataset: ImageFolder, class_names: Sequence[str], folder: Path) -> int:
+    """Image, score map and mask side by side, the first few of each class and kind; how many were written.
+
+    One colour scale per class: from the median of its good images to the highest value shown.
+    """
+    config = stage.config.eval
+    model.eval()
+    chosen: dict[int, dict[str, list[int]]] = {}
+    for number, item in enumerate(dataset.items):
+        kinds = chosen.setdefault(item.class_index, {}).setdefault(item.kind, [])
+        if len(kinds) < config.pictures:
+            kinds.append(number)
+    count = 0
+    for index, by_kind in chosen.items():
+        numbers = [n for group in by_kind.values() for n in group]
+        if not numbers:
+            continue
+        samples = [dataset[n] for n in numbers]
+        images = torch.stack([sample.image for sample in samples])
+        maps = predict(model, stage.extract(images.to(stage.device)), dataset.input_size)
+        scores = getattr(maps, config.pixel_score).cpu().numpy()
+        good = np.array([dataset.items[n].label == 0 for n in numbers])
+        low, high = float(np.median(scores[good] if good.any() else scores)), float(scores.max())
+        for number, sample, score in zip(numbers, samples, scores, strict=True):
+            item = dataset.items[number]
+            picture = triptych(denormalize(sample.image), score, sample.mask.numpy(), low=low, high=high)
+            save_picture(folder / class_names[index] / f"{item.kind}_{item.path.stem}.jpg", picture)
+            count += 1
+    return count
+
+
+def finish(
+    folder: Path, config: Config, classes: dict[str, ClassResult], best: dict[str, dict[str, float]] | None
+) -> None:
+    """Write the tables into the run folder and show them."""
+    write_tables(folder, classes, best_on_test=best, config=to_dict(config))
+    print(format_table(classes, best_on_test=best))
+    scores = f"image {config.eval.image_score}, pixel {config.eval.pixel_score}, AUPRO {config.eval.pro_score}"
+    print(f"scores: {scores}; size {config.data.input_size}; last epoch\nrun folder: {folder}")
+
+
+def run_test(config: Config, chosen: dict[str, Any]) -> None:
+    """Evaluate a checkpoint, or all single-class checkpoints of a run folder.
+
+    Args:
+        config: the resolved configuration.
+        chosen: what the preset and the user chose by name; a checkpoint's own settings stand for the rest.
+    """
+    assert config.eval.eval_ckpt is not None
+    folder: Path | None = None
+    classes: dict[str, ClassResult] = {}
+    for path in find_checkpoints(Path(config.eval.eval_ckpt)):
+        content = read_checkpoint(path)
+        own = settled_config(content, config, chosen, str(path))
+        class_names = resolve_classes(own.data)
+        dataset = build_datasets(own.data, class_names)[1]
+        stage = Stage(own)
+        model = load_model(content, stage, str(path))
+        source = stage.test_features(dataset)
+        batches = tqdm(source.epoch(0), total=len(source), desc="evaluation", leave=False)
+        result = evaluate(model, batches, class_names, own.eval, size=own.data.input_size, amp=own.train.amp_enable)
+        folder = folder or new_run(own)
+        classes |= result.classes
+        save_pictures(stage, model, dataset, class_names, folder / "pictures")
+    assert folder is not None
+    finish(folder, own, classes, None)
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """A file itself; in a run folder its last.pt, or those of its classes."""
+    if not path.is_dir():
+        return [path]
+    found = [path / "last.pt"] if (path / "last.pt").is_file() else sorted(path.glob("*/last.pt"))
+    if not found:
+        raise UsageError(f"--eval_ckpt: expected a checkpoint or a run folder with a last.pt, but got {path}")
+    return found
+
+
+def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, Any], name: str) -> Config:
+    """The settings under which a checkpoint is evaluated.
+
+    Raises:
+        UsageError: not a checkpoint, or the user asked for another model than the one that it holds.
+    """
+    if is_official(content):
+        return replace(
+            config, model=replace(config.model, objective="released", codebooks="released", standardize=False)
+        )
+    if content.get("format") != FORMAT or not {"config", "model", "classes", "extractor"} <= content.keys():
+        raise UsageError(f"--eval_ckpt: {name} is not a checkpoint of this program or of the released code")
+    saved = from_dict(content["config"])
+    for entry in fields(ModelConfig):
+        if entry.name in ("weights", "pretrained") or entry.name not in chosen:
+            continue
+        asked, has = getattr(config.model, entry.name), getattr(saved.model, entry.name)
+        if asked != has:
+            raise UsageError(
+                f"--eval_ckpt: {name} was made with {entry.name} = {has!r}, not with {asked!r} as asked for"
+            )
+    values = {k: v for part in to_dict(saved).values() for k, v in part.items()}
+    values |= {"class_names": tuple(content["classes"]), "resume": False, "pre_extract": False} | chosen
+    if not saved.data.multi_class:
+        values |= {"class_names": tuple(content["classes"])}
+    return make_config(**values)
+
+
+def load_model(content: dict[str, Any], stage: Stage, name: str) -> VQFlow:
+    """The model of a checkpoint, in eval mode.
+
+    Raises:
+        UsageError: other sizes than asked for, or other weights of the extractor than in training.
+    """
+    if is_official(content):
+        return load_official(content, stage.config.model, stage.extractor.channels).to(stage.device)
+    if content["extractor"] != stage.fingerprint:
+        raise UsageError(
+            f"--weights: {name} was trained on other weights of {stage.config.model.extractor} than the ones here"
+        )
+    model = stage.build_model()
+    load_strictly(model, content["model"], name)
+    return model.eval()

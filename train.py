@@ -1,0 +1,290 @@
+"""The training loop: meta epochs of sub epochs, each followed by an evaluation; the last one is the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from datasets import build_datasets, resolve_classes
+from datasets.features import FeatureBatch
+from datasets.folder import ImageFolder
+from default import Config, TrainConfig, UsageError, to_dict
+from models.loss import loss_terms
+from models.vqflow import VQFlow
+from test import EvalResult, Source, Stage, evaluate, finish, save_pictures
+from utils.checkpoint import read_checkpoint, write_checkpoint
+from utils.device import autocast
+from utils.log import RunLog, optional
+from utils.metrics import ClassResult
+from utils.runs import new_run, resumed_run, write_config
+from utils.schedule import learning_rate
+from utils.seed import random_state, restore_random_state
+
+LAST, BEST = "last.pt", "best_on_test.pt"
+SEED_IMAGES = 512  # images in which the codes are placed at the start
+
+Features = Callable[[int], Iterable[FeatureBatch]]  # sub epoch -> batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochStats:
+    """Means over a sub epoch: `loss` and `nll` in nats per image, `bits_per_dim`, `commitment`, `grad_norm` before
+    clipping; the last learning rate `lr`; `images` and `seconds`."""
+
+    loss: float
+    nll: float
+    bits_per_dim: float
+    commitment: float
+    grad_norm: float
+    lr: float
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """The last evaluation, and for each metric the best value on the test set with its meta epoch."""
+
+    last: EvalResult
+    best_on_test: dict[str, dict[str, float]]
+
+
+def train_epoch(
+    model: VQFlow,
+    batches: Iterable[FeatureBatch],
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    *,
+    start: float,
+    step: float,
+) -> EpochStats:
+    """One sub epoch. `start` is the share of the run already done, `step` the share that one batch adds.
+
+    Raises:
+        UsageError: the loss is no longer finite.
+    """
+    model.train()
+    began, images, count = time.perf_counter(), 0, 0
+    sums: Tensor | None = None
+    for batch in batches:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, start + count * step)
+        with autocast(batch.label.device, config.amp_enable):
+            output = model.forward_pooled(batch.features, noise=config.noise)
+            terms = loss_terms(output, config.quantize_weight)
+        optimizer.zero_grad(set_to_none=True)
+        terms.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+        row = torch.stack([terms.total, terms.nll, terms.commitment, norm]).detach().double()
+        sums = row if sums is None else sums + row
+        images, count = images + len(batch.path), count + 1
+    assert sums is not None
+    loss, nll, commitment, norm = (sums / count).tolist()
+    if not all(map(torch.isfinite, sums)):
+        raise UsageError(f"--lr: training diverged (loss {loss}) with a learning rate of {config.lr}; lower it")
+    return EpochStats(
+        loss=loss, nll=nll, bits_per_dim=bits_per_dim(nll, output.dims), commitment=commitment, grad_norm=norm,
+        lr=optimizer.param_groups[0]["lr"], images=images, seconds=time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def bits_per_dim(nll: float, dims: int) -> float:
+    """Negative log-density in bits per dimension of the features, the Gaussian's constant included."""
+    return nll / dims / 0.6931471805599453 + 1.3257480647361593  # 1/2 log2(2 pi)
+
+
+@torch.no_grad()
+def initialize(model: VQFlow, features: Features) -> None:
+    """Look at the training images once: channel statistics if wanted, and the start of our codebooks."""
+    if model.config.standardize:
+        model.fit_statistics(batch.features for batch in features(0))
+    if model.config.codebooks == "seeded" and model.config.quantize_enable:
+        batches, images = [], 0
+        for batch in features(0):
+            batches.append([h.float() for h in model.standardize(batch.features)])
+            images += len(batch.path)
+            if images >= SEED_IMAGES:
+                break
+        model.train()
+        model.hierarchy.seed(batches)
+
+
+class Trainer:
+    """One training run in its folder.
+
+    Args:
+        config: the resolved configuration.
+        model: on its device.
+        features: batches of training features for a sub epoch's number.
+        steps: batches in a sub epoch.
+        evaluate: evaluates the model on the test images.
+        folder: receives checkpoints and metrics.jsonl.
+        identity: stored in checkpoints beside the config (classes, channels, the extractor's fingerprint).
+        report: shows a finished meta epoch to the user.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: VQFlow,
+        *,
+        features: Features,
+        steps: int,
+        evaluate: Callable[[VQFlow], EvalResult],
+        folder: Path,
+        identity: dict[str, Any],
+        report: Callable[[int, EpochStats, EvalResult | None], None],
+    ) -> None:
+        self.config, self.model, self.features, self.steps = config, model, features, steps
+        self.evaluate, self.folder, self.identity, self.report = evaluate, folder, identity, report
+        train = config.train
+        self.optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=train.lr, weight_decay=train.weight_decay
+        )
+        self.best: dict[str, dict[str, float]] = {}
+
+    def fit(self, saved: dict[str, Any] | None = None) -> FitResult:
+        """Train to the end, from the start or from a checkpoint's content."""
+        train = self.config.train
+        done = self._restore(saved) if saved else 0
+        if not saved:
+            initialize(self.model, self.features)
+        log = RunLog(
+            self.folder, kept=done, config=to_dict(self.config), tensorboard=train.tensorboard, wandb=train.wandb_enable
+        )
+        result: EvalResult | None = None
+        for epoch in range(done, train.meta_epochs):
+            result = self._meta_epoch(epoch, log)
+        log.close()
+        return FitResult(last=result or self.evaluate(self.model), best_on_test=self.best)
+
+    def _meta_epoch(self, epoch: int, log: RunLog) -> EvalResult | None:
+        """Sub epochs, evaluation, checkpoints and a line in the log."""
+        train, last = self.config.train, epoch + 1 == self.config.train.meta_epochs
+        books = self.model.hierarchy.codebooks()
+        for book in books.values():
+            book.reset_usage()
+        share = 1 / (train.meta_epochs * train.sub_epochs)
+        for sub in range(epoch * train.sub_epochs, (epoch + 1) * train.sub_epochs):
+            stats = train_epoch(
+                self.model, self.features(sub), self.optimizer, train, start=sub * share, step=share / self.steps
+            )
+        usage = {name: book.statistics() for name, book in books.items()}
+        if train.reassign_quantize:
+            for book in books.values():
+                book.reassign()
+        wanted = last or (epoch + 1) % self.config.eval.eval_interval == 0
+        result = self.evaluate(self.model) if wanted else None
+        improved = self._note_best(result, epoch + 1) if result else False
+        self._save(epoch + 1, improved)
+        mean = asdict(result.mean) if result else None
+        log.write({"epoch": epoch + 1, "train": asdict(stats), "codebooks": usage, "test": mean})
+        self.report(epoch + 1, stats, result)
+        return result
+
+    def _note_best(self, result: EvalResult, epoch: int) -> bool:
+        """Keep each metric's best value; whether the mean image AUROC is the best so far."""
+        improved = False
+        for name, value in asdict(result.mean).items():
+            if value == value and value > self.best.get(name, {"value": -1.0})["value"]:
+                self.best[name] = {"value": value, "epoch": epoch}
+                improved |= name == "image_auroc"
+        return improved
+
+    def _save(self, epoch: int, improved: bool) -> None:
+        content = self.identity | {
+            "config": to_dict(self.config), "epoch": epoch, "model": self.model.state_dict(), "best_on_test": self.best,
+        }  # fmt: skip
+        if improved:
+            write_checkpoint(self.folder / BEST, content)
+        write_checkpoint(
+            self.folder / LAST, content | {"optimizer": self.optimizer.state_dict(), "random": random_state()}
+        )
+
+    def _restore(self, saved: dict[str, Any]) -> int:
+        """Everything that the next step depends on; the number of finished meta epochs."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        restore_random_state(saved["random"])
+        self.best = saved["best_on_test"]
+        return saved["epoch"]
+
+
+def run_training(config: Config) -> None:
+    """Train one model for all classes, or one per class; write and show the table at the end."""
+    class_names = resolve_classes(config.data)
+    groups = [class_names] if config.data.multi_class else [(name,) for name in class_names]
+    prepared = [build_datasets(config.data, group) for group in groups]
+    check_loggers(config.train)
+    stage = Stage(config)
+    sources = [stage.training_features(train) for train, _ in prepared]  # a batch larger than the data ends here
+    folder = (resumed_run(config) if config.train.resume else None) or new_run(config)
+    write_config(folder, config)
+    print(f"{len(class_names)} classes, {sum(len(t) for t, _ in prepared)} training images; run folder: {folder}")
+    classes: dict[str, ClassResult] = {}
+    best: dict[str, dict[str, float]] | None = None
+    for group, (_, test_set), source in zip(groups, prepared, sources, strict=True):
+        own = folder if config.data.multi_class else folder / group[0]
+        own.mkdir(exist_ok=True)
+        if not config.data.multi_class:
+            print(f"class {group[0]}")
+        model = stage.build_model()
+        fitted = fit_group(stage, model, group, source, test_set, own)
+        classes |= fitted.last.classes
+        best = fitted.best_on_test if config.data.multi_class else None
+        save_pictures(stage, model, test_set, group, folder / "pictures")
+    finish(folder, config, classes, best)
+
+
+def fit_group(
+    stage: Stage, model: VQFlow, group: tuple[str, ...], source: Source, test_set: ImageFolder, folder: Path
+) -> FitResult:
+    """Train one model on the classes of `group`, from its checkpoint on if the run is resumed."""
+    config = stage.config
+    test_source = stage.test_features(test_set)
+    total = config.train.meta_epochs * config.train.sub_epochs
+
+    def training(sub: int) -> Iterable[FeatureBatch]:
+        return tqdm(source.epoch(sub), total=len(source), desc=f"sub epoch {sub + 1}/{total}", leave=False)
+
+    def evaluation(model: VQFlow) -> EvalResult:
+        batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
+        return evaluate(model, batches, group, config.eval, size=config.data.input_size, amp=config.train.amp_enable)
+
+    trainer = Trainer(
+        config, model, features=training, steps=len(source), evaluate=evaluation, folder=folder,
+        identity={"classes": list(group), "channels": list(stage.extractor.channels), "extractor": stage.fingerprint},
+        report=lambda epoch, stats, result: print(progress_line(config, epoch, stats, result)),
+    )  # fmt: skip
+    last = folder / LAST
+    return trainer.fit(read_checkpoint(last) if config.train.resume and last.is_file() else None)
+
+
+def progress_line(config: Config, epoch: int, stats: EpochStats, result: EvalResult | None) -> str:
+    """One line for a finished meta epoch; `loc_eval` and `pro_eval` choose which metrics it shows."""
+    last = config.train.meta_epochs
+    line = f"meta epoch {epoch}/{last}  loss {stats.loss:.4g}  {stats.bits_per_dim:.3f} bits/dim"
+    if result is None:
+        return line
+    line += f"  image AUROC {100 * result.mean.image_auroc:.1f}"
+    if config.eval.loc_eval or epoch == last:
+        line += f"  pixel AUROC {100 * result.mean.pixel_auroc:.1f}"
+    if (config.eval.pro_eval and epoch % config.eval.pro_eval_interval == 0) or epoch == last:
+        line += f"  AUPRO {100 * result.mean.aupro:.1f}"
+    return line
+
+
+def check_loggers(config: TrainConfig) -> None:
+    """Raise `UsageError` early if a logger that was asked for is not installed."""
+    if config.tensorboard:
+        optional("torch.utils.tensorboard", "--tensorboard", "tensorboard")
+    if config.wandb_enable:
+        optional("wandb", "--wandb-enable", "wandb")

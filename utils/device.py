@@ -1,0 +1,34 @@
+"""Which device computes."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+
+from default import UsageError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device for `--device`; auto prefers CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: the device that was asked for is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, present in there.items() if present)
+    if not there[name]:
+        present = ", ".join(kind for kind, ok in there.items() if ok)
+        raise UsageError(f"--device: {name!r} was asked for, but there is none here; choose from auto, {present}")
+    if name == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return torch.device(name)
+
+
+def autocast(device: torch.device, enabled: bool) -> AbstractContextManager:
+    """bfloat16 mixed precision where `enabled` and the device has it."""
+    if not enabled or device.type == "mps":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -1,0 +1,33 @@
+"""Pictures of results: image, score map and mask side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+
+def heat(scores: NDArray, low: float, high: float) -> NDArray[np.uint8]:
+    """Scores (H, W) as colours (H, W, 3), RGB: `low` and below is the coldest colour, `high` and above the hottest."""
+    scaled = np.clip((scores - low) / max(high - low, 1e-12), 0, 1)
+    return cv2.cvtColor(cv2.applyColorMap((scaled * 255).astype(np.uint8), cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB)
+
+
+def triptych(
+    image: NDArray[np.uint8], scores: NDArray, mask: NDArray[np.bool_], *, low: float, high: float
+) -> NDArray[np.uint8]:
+    """Image (H, W, 3), score map over the image with the mask's outline, and mask, side by side (H, 3 W + 2 gap, 3)."""
+    coloured = cv2.addWeighted(image, 0.4, heat(scores, low, high), 0.6, 0)
+    outline, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    coloured = cv2.drawContours(np.ascontiguousarray(coloured), outline, -1, (255, 255, 255), 1)
+    truth = np.repeat((mask * 255).astype(np.uint8)[..., None], 3, 2)
+    gap = np.full((image.shape[0], 4, 3), 255, np.uint8)
+    return np.concatenate([image, gap, coloured, gap, truth], 1)
+
+
+def save_picture(path: Path, picture: NDArray[np.uint8]) -> None:
+    """Write RGB (H, W, 3); the format follows the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes())

@@ -1,0 +1,72 @@
+"""Anomaly maps and image scores from latents (paper, section 3.5; MSFlow, arXiv 2308.15300, section 3.4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreMaps:
+    """Three maps (B, H, W), larger where an image is less normal.
+
+    `mul` (product of the levels) and `add` (their sum) are the published ones, relative to each image's own best
+    place; `likelihood` is absolute: images can be compared by it.
+    """
+
+    mul: Tensor
+    add: Tensor
+    likelihood: Tensor
+
+
+def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of (B, h, w) to (B, H, W), align_corners=True."""
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=True)[:, 0]
+
+
+@torch.no_grad()
+def score_maps(
+    latents: Sequence[Tensor], size: int | tuple[int, int], local_log_det: Sequence[Tensor] | None = None
+) -> ScoreMaps:
+    """The three maps of each image.
+
+    Per level a_l = -1/2 mean over channels of z_l^2. mul: L = sum of the resized a_l minus the image's maximum;
+    max(exp L) - exp L. add: exp(a_l - its maximum), resized, summed; maximum minus the sum. likelihood: minus the sum
+    of the resized a_l, with `local_log_det` (B, H_l, W_l) also minus the log-determinant per channel: the negative
+    log-density of the features at a place, up to a constant.
+
+    Args:
+        latents: maps (B, c_l, H_l, W_l).
+        size: side or (height, width) of the result.
+        local_log_det: `VQFlowOutput.local_log_det`.
+    """
+    size = (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[assignment]
+    levels = [-0.5 * z.float().square().mean(1) for z in latents]
+    resized = [resize_maps(a, size) for a in levels]  # type: ignore[arg-type]
+    log_product = sum(resized)
+    log_product = log_product - log_product.amax((1, 2), keepdim=True)  # type: ignore[union-attr]
+    product = log_product.exp()
+    total = sum(resize_maps((a - a.amax((1, 2), keepdim=True)).exp(), size) for a in levels)  # type: ignore[arg-type]
+    density = sum(resized)
+    if local_log_det is not None:
+        density = density + sum(
+            resize_maps(j.float() / z.shape[1], size)  # type: ignore[arg-type]
+            for j, z in zip(local_log_det, latents, strict=True)
+        )
+    return ScoreMaps(
+        mul=product.amax((1, 2), keepdim=True) - product,
+        add=total.amax((1, 2), keepdim=True) - total,  # type: ignore[union-attr]
+        likelihood=-density,  # type: ignore[operator]
+    )
+
+
+def image_scores(maps: Tensor, top_k: float = 0.03) -> Tensor:
+    """Mean of the highest `top_k` share of the pixels of each map (B, H, W) -> (B,)."""
+    flat = maps.flatten(1)
+    count = max(math.floor(flat.shape[1] * top_k), 1)
+    return flat.topk(count, dim=1).values.mean(1)
