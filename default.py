@@ -122,6 +122,11 @@ class ModelConfig(Part):
     codebooks: str = option(
         "seeded", "codebook updates: seeded from data and revived, or as released", choices=("seeded", "released")
     )
+    conditioning: str = option(
+        "structured",
+        "convolve conditions by their parts, or as dense maps (the slow reference)",
+        choices=("structured", "direct"),
+    )
     objective: str = option(
         "likelihood",
         "exact likelihood, or the released loss without the mixture's log-determinant",

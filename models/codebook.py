@@ -17,9 +17,13 @@ DEAD_SHARE = 0.03  # a code whose EMA count is below this share of the mean coun
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOutput:
-    """`quantized` (..., D) with the straight-through gradient, `indices` (...) int64, `commitment` scalar."""
+    """`quantized` (..., D) with the straight-through gradient, `indices` (...) int64, `commitment` scalar.
+
+    `codes` (K, D) are the codes as they were when the input was quantized, before the update.
+    """
 
     quantized: Tensor
+    codes: Tensor
     indices: Tensor
     commitment: Tensor
 
@@ -64,10 +68,13 @@ class Codebook(nn.Module):
         flat = x.detach().reshape(-1, self.dim)
         indices = self.nearest(flat)
         code = F.embedding(indices, self.embed).reshape(x.shape)
+        codes = self.embed
         if self.training:
+            codes = codes.clone()
             self.update(flat, indices)
         return QuantizeOutput(
             quantized=x + (code - x).detach(),
+            codes=codes,
             indices=indices.reshape(x.shape[:-1]),
             commitment=(code.detach() - x).square().mean(),
         )

@@ -1,28 +1,185 @@
-"""What a level's flow is conditioned on, and its 3x3 convolution."""
+"""What a level's flow is conditioned on, and its 3x3 convolution, which uses what the condition is made of.
+
+Almost all work of the flows is the first 3x3 convolution of each sub-network, and almost all of that convolution's
+input is the condition. The condition has structure: one of K codes at each position, vectors that are constant over
+the image, an encoding that is constant over the batch. As convolution is linear, it is the sum over these parts:
+
+- codes: rows of a table (code x tap, K * 9 rows) that are looked up and added, nine for each position;
+- vectors: nine products per image, added where the tap lies inside the image (zero padding cuts taps at the border);
+- the encoding: one map, the same for all images;
+- the straight-through gradient, which goes to the embedding as if it, and not its code, had been convolved.
+
+`Condition.dense` is the same condition as one map; with `direct` it is convolved as such, which is the reference.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+TAPS = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodePart:
+    """Codes at each position: `indices` (B, H, W), `codes` (K, Q), on the first Q channels.
+
+    `through` (B, T, H, W) gets the straight-through gradient of the first T <= Q channels. `neighbours` (B H W, 9) are
+    the table's rows for each position, K * 9 standing for a tap outside the image.
+    """
+
+    indices: Tensor
+    codes: Tensor
+    through: Tensor
+    neighbours: Tensor
+
+    @classmethod
+    def make(cls, indices: Tensor, codes: Tensor, through: Tensor) -> CodePart:
+        """With the neighbours worked out; all blocks of a level share them."""
+        b, h, w = indices.shape
+        outside = TAPS * len(codes)
+        padded = F.pad(indices, (1, 1, 1, 1), value=outside)
+        taps = [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+        rows = torch.stack([(t + k * len(codes)).clamp(max=outside) for k, t in enumerate(taps)], -1)
+        return cls(indices=indices, codes=codes, through=through, neighbours=rows.reshape(b * h * w, TAPS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorPart:
+    """`vector` (B, V), constant over the image, on the channels from `at` on."""
+
+    vector: Tensor
+    at: int
+
+
+class TableCache:
+    """Keeps what depends on weights and codes alone while no gradients are recorded.
+
+    A kept value is used only as long as its sources are unchanged: same memory, same version, same shape.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Any, Tensor]] = {}
+
+    def get(self, name: str, sources: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            return make()
+        key = tuple((s.data_ptr(), s._version, s.shape, s.dtype, s.device) for s in sources)
+        if name not in self._kept or self._kept[name][0] != key:
+            self._kept[name] = (key, make())
+        return self._kept[name][1]
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The identity on its first argument; backward also convolves back to `through`."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, through: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = through.dtype
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return grad, F.conv_transpose2d(grad, weight.to(grad.dtype), padding=1).to(ctx.dtype), None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """The condition of a level as a map, `dense` (B, C, H, W)."""
+    """A condition of `channels` channels on a map of `size` (H, W), as the sum of its parts.
 
-    dense: Tensor
+    Attributes:
+        codes: codes on the first channels.
+        map: (B, M, H, W) on the first channels, where nothing is quantized.
+        position: (P, H, W), the encoding, on the channels from `position_at` on.
+        vectors: vectors that are constant over the image; they may overlap other parts and add to them.
+        direct: convolve the dense map instead of the parts.
+    """
 
-    @property
-    def channels(self) -> int:
-        return self.dense.shape[1]
+    size: tuple[int, int]
+    channels: int
+    codes: CodePart | None = None
+    map: Tensor | None = None
+    position: Tensor | None = None
+    position_at: int = 0
+    vectors: tuple[VectorPart, ...] = ()
+    direct: bool = False
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of the level."""
-        return self.dense.shape[2], self.dense.shape[3]
+    def dense(self) -> Tensor:
+        """The condition as one map (B, C, H, W)."""
+        parts = []
+        if self.codes is not None:
+            code, x = F.embedding(self.codes.indices, self.codes.codes).permute(0, 3, 1, 2), self.codes.through
+            parts.append((torch.cat([x + (code[:, : x.shape[1]] - x).detach(), code[:, x.shape[1] :]], 1), 0))
+        if self.map is not None:
+            parts.append((self.map, 0))
+        if self.position is not None:
+            parts.append((self.position[None], self.position_at))
+        parts += [(part.vector[..., None, None], part.at) for part in self.vectors]
+        batch = max(len(x) for x, _ in parts)
+        grown = [
+            F.pad(x.expand(batch, -1, *self.size), (0, 0, 0, 0, at, self.channels - at - x.shape[1])) for x, at in parts
+        ]
+        return torch.stack(grown).sum(0)
 
-    def convolve(self, weight: Tensor) -> Tensor:
+    def convolve(self, weight: Tensor, cache: TableCache) -> Tensor:
         """3x3 convolution with `weight` (n, C, 3, 3), zero padding 1, no bias -> (B, n, H, W)."""
-        return F.conv2d(self.dense, weight, padding=1)
+        if self.direct:
+            return F.conv2d(self.dense(), weight, padding=1)
+        terms = [self._vectors(weight)] if self.vectors else []
+        if self.position is not None:
+            terms.append(cache.get("position", (weight, self.position), lambda: self._position(weight)))
+        if self.map is not None:
+            terms.append(F.conv2d(self.map, weight[:, : self.map.shape[1]], padding=1))
+        if self.codes is not None:
+            terms.append(self._codes(self.codes, weight, cache))
+        total = sum(terms[1:], terms[0])
+        if self.codes is not None and self.codes.through.requires_grad:
+            own = weight[:, : self.codes.through.shape[1]].detach()
+            total = _StraightThrough.apply(total, self.codes.through, own)
+        return total
+
+    def _position(self, weight: Tensor) -> Tensor:
+        assert self.position is not None
+        at = self.position_at
+        return F.conv2d(self.position[None], weight[:, at : at + len(self.position)], padding=1)
+
+    def _vectors(self, weight: Tensor) -> Tensor:
+        """The sum over taps inside the image of each tap's product with the vectors."""
+        products = sum(
+            torch.einsum("bv,nvij->bnij", p.vector, weight[:, p.at : p.at + p.vector.shape[1]]) for p in self.vectors
+        )
+        rows, columns = (inside(length, weight) for length in self.size)
+        return torch.einsum("bnij,yi,xj->bnyx", products, rows.to(products), columns.to(products))  # type: ignore[union-attr]
+
+    def _codes(self, part: CodePart, weight: Tensor, cache: TableCache) -> Tensor:
+        """The sum of nine table rows for each position; where positions are fewer than codes, the plain convolution."""
+        b, h, w = part.indices.shape
+        wide = weight[:, : part.codes.shape[1]]
+        if torch.is_grad_enabled() and b * h * w < len(part.codes):
+            return F.conv2d(F.embedding(part.indices, part.codes).permute(0, 3, 1, 2), wide, padding=1)
+        table = cache.get("codes", (weight, part.codes), lambda: code_table(part.codes, wide))
+        rows = F.embedding_bag(part.neighbours, table, mode="sum", padding_idx=len(table) - 1)
+        return rows.view(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+def code_table(codes: Tensor, weight: Tensor) -> Tensor:
+    """Each code's product with each tap: `codes` (K, Q), `weight` (n, Q, 3, 3) -> (9 K + 1, n), the last row zero."""
+    n = len(weight)
+    table = codes @ weight.permute(1, 2, 3, 0).reshape(codes.shape[1], TAPS * n)  # (K, 9 n)
+    return F.pad(table.view(-1, TAPS, n).transpose(0, 1).reshape(-1, n), (0, 0, 0, 1))
+
+
+def inside(length: int, like: Tensor) -> Tensor:
+    """(length, 3): 1 where the tap -1, 0 or +1 of a position lies inside 0..length-1."""
+    place = torch.arange(length, device=like.device)[:, None] + torch.arange(-1, 2, device=like.device)
+    return ((place >= 0) & (place < length)).to(like.dtype)

@@ -7,7 +7,7 @@ from FrEIA.modules import AllInOneBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.condition import Condition
+from models.condition import Condition, TableCache
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -32,12 +32,19 @@ class Subnet(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.ln = ChannelNorm(channels)
         self.conv2 = nn.Conv2d(channels, out, 3, padding=1)
+        self.cache = TableCache()
+
+    def train(self, mode: bool = True) -> Subnet:
+        self.cache.clear()
+        return super().train(mode)
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """`x` (B, n - C, H, W) and a condition of C channels -> (B, out, H, W)."""
         own = x.shape[1]
         weight = self.conv1.weight
-        hidden = F.conv2d(x, weight[:, :own], self.conv1.bias, padding=1) + condition.convolve(weight[:, own:])
+        hidden = F.conv2d(x, weight[:, :own], self.conv1.bias, padding=1) + condition.convolve(
+            weight[:, own:], self.cache
+        )
         return self.conv2(F.relu(self.ln(hidden)))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.codebook import Codebook
-from models.condition import Condition
+from models.condition import CodePart, Condition, VectorPart
 
 LEVELS = 3  # levels with a flow; the top one follows them
 
@@ -73,14 +73,15 @@ class Hierarchy(nn.Module):
         quantize: "residual", "naive", "concept" (CPC only) or "none" (no codebooks).
         sizes: channels to which each level's condition is projected, None for no projection.
         released: released codebook updates.
+        direct: convolve conditions as dense maps, the reference for their structured convolution.
     """
 
     def __init__(
         self, *, channels: Sequence[int], dim: int, positions: int, concepts: int, patterns: int, quantize: str,
-        sizes: Sequence[int] | None = None, released: bool = False,
+        sizes: Sequence[int] | None = None, released: bool = False, direct: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.positions, self.quantize = positions, quantize
+        self.positions, self.quantize, self.direct = positions, quantize, direct
         wide = dim + positions if quantize == "residual" else dim
         top = channels[-1]
         self.semantic_mlp = mlp(0, top, dim, dim)
@@ -93,7 +94,7 @@ class Hierarchy(nn.Module):
             for _ in range(LEVELS + 1)
             if quantize in ("residual", "naive")
         )
-        full = dim + positions + dim
+        self.full = full = dim + positions + dim
         self.projections = nn.ModuleList(nn.Conv2d(full, size, 1) for size in (*sizes, sizes[-1])) if sizes else None
         self.condition_channels = tuple(sizes[min(i, 2)] if sizes else full for i in range(LEVELS + 1))
 
@@ -110,37 +111,49 @@ class Hierarchy(nn.Module):
             embedded[level] = embedded[level] + up(F.interpolate(r, size=size, mode="bilinear", align_corners=False))
         return embedded
 
+    def pattern_input(self, embedded: Tensor, concept: Tensor) -> Tensor:
+        """What a CSPC quantizes, (B, D + P, H, W): the residual to [PE ; p], or [g ; PE] (naive)."""
+        b, _, h, w = embedded.shape
+        spread = concept[..., None, None].expand(-1, -1, h, w)
+        encoding = [self.encoding(embedded).expand(b, -1, h, w)] if self.positions else []
+        if self.quantize == "residual":
+            return embedded - torch.cat([*encoding, spread], 1)
+        return torch.cat([embedded, *encoding], 1)
+
     def encoding(self, like: Tensor) -> Tensor:
-        """The position encoding for the map `like`, (B, P, H, W)."""
-        b, _, h, w = like.shape
-        return position_encoding(self.positions, h, w).to(like).expand(b, -1, -1, -1)
-
-    def with_position(self, x: Tensor, *, first: bool = False) -> Tensor:
-        """`x` (B, ., H, W) beside the position encoding, if there is one."""
-        if not self.positions:
-            return x
-        return torch.cat([self.encoding(x), x] if first else [x, self.encoding(x)], 1)
-
-    def pattern_input(self, embedded: Tensor, concept: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What a CSPC quantizes (B, D + P, H, W), and the base that is added to its code (None for naive)."""
-        if self.quantize != "residual":
-            return self.with_position(embedded), None
-        spread = concept[..., None, None].expand(-1, -1, *embedded.shape[-2:])
-        base = self.with_position(spread, first=True)
-        return embedded - base, base
+        """The position encoding for the map `like`, (P, H, W)."""
+        return position_encoding(self.positions, *like.shape[-2:]).to(like)
 
     def condition(self, level: int, embedded: Tensor, concept: Tensor) -> tuple[Condition, Tensor | None, Tensor]:
-        """Condition, pattern indices (B, H, W) and commitment of one level."""
-        x, base = self.pattern_input(embedded, concept)
-        indices, commitment = None, x.new_zeros(())
-        if self.cspc:
-            out = self.cspc[level](x.permute(0, 2, 3, 1))
-            x, indices, commitment = out.quantized.permute(0, 3, 1, 2), out.indices, out.commitment
-        x = x if base is None else base + x
-        dense = torch.cat([x, concept[..., None, None].expand(-1, -1, *x.shape[-2:]).to(x.dtype)], 1)
-        if self.projections is not None:
-            dense = self.projections[level](dense)
-        return Condition(dense=dense), indices, commitment
+        """Condition, pattern indices (B, H, W) and commitment of one level.
+
+        Channels: [pattern condition (D + P) ; p (D)]. The pattern condition is [PE ; p] + code (residual), the code
+        of [g ; PE] (naive), or [g ; PE] itself. With residual quantization the gradient of p inside the pattern
+        condition vanishes, because the quantized residual is g - [PE ; p] to the straight-through gradient.
+        """
+        dim, encoding = concept.shape[1], self.encoding(embedded) if self.positions else None
+        whole = VectorPart(vector=concept, at=dim + self.positions)
+        shape = {"size": tuple(embedded.shape[-2:]), "channels": self.full, "direct": self.direct}
+        if not self.cspc:
+            made = Condition(**shape, map=embedded, position=encoding, position_at=dim, vectors=(whole,))
+            return self.projected(level, made), None, embedded.new_zeros(())
+        book = self.cspc[level]
+        x = self.pattern_input(embedded, concept)
+        out = book(x.permute(0, 2, 3, 1))
+        part = CodePart.make(out.indices, out.codes, embedded)
+        if self.quantize == "naive":
+            made = Condition(**shape, codes=part, vectors=(whole,))
+        else:
+            base = VectorPart(vector=concept.detach(), at=self.positions)
+            made = Condition(**shape, codes=part, position=encoding, vectors=(base, whole))
+        return self.projected(level, made), out.indices, out.commitment
+
+    def projected(self, level: int, condition: Condition) -> Condition:
+        """`condition` itself, or its projection to fewer channels."""
+        if self.projections is None:
+            return condition
+        dense = self.projections[level](condition.dense())
+        return Condition(size=condition.size, channels=dense.shape[1], map=dense)
 
     def forward(self, features: Sequence[Tensor]) -> ConditionSet:
         """Features (B, c_l, H_l, W_l) of the three levels and the top -> their conditions."""
@@ -178,7 +191,7 @@ class Hierarchy(nn.Module):
         for features, s in zip(batches, semantics, strict=True):
             concept = self.cpc.embed[self.cpc.nearest(s.float())].to(s)
             for level, embedded in enumerate(self.embeddings(features)):
-                flat = self.pattern_input(embedded, concept)[0].permute(0, 2, 3, 1).flatten(0, 2)
+                flat = self.pattern_input(embedded, concept).permute(0, 2, 3, 1).flatten(0, 2)
                 picked[level].append(flat[torch.randperm(len(flat), device=flat.device)[:share]].clone())
         for book, rows in zip(self.cspc, picked, strict=True):
             book.seed(torch.cat(rows))  # type: ignore[operator]

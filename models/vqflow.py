@@ -62,7 +62,7 @@ class VQFlow(nn.Module):
         self.hierarchy = Hierarchy(
             channels=channels, dim=config.dim_cpc, positions=config.positions, concepts=config.k_cpc,
             patterns=config.k_cspc, quantize=quantize_kind(config), sizes=config.condition_sizes,
-            released=config.codebooks == "released",
+            released=config.codebooks == "released", direct=config.conditioning == "direct",
         )  # fmt: skip
         sizes = self.hierarchy.condition_channels
         self.level_flows = nn.ModuleList(

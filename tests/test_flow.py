@@ -1,5 +1,7 @@
 """Flows, fusion and prior: inversion, log-determinants against autograd, the original FrEIA block."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from FrEIA.modules import AllInOneBlock
@@ -14,7 +16,7 @@ SIZES = [(3, 4), (1, 1), (2, 5)]
 
 
 def dense(b: int, c: int, h: int, w: int) -> Condition:
-    return Condition(dense=torch.randn(b, c, h, w, dtype=torch.float64))
+    return Condition(size=(h, w), channels=c, map=torch.randn(b, c, h, w, dtype=torch.float64))
 
 
 def shake(module: torch.nn.Module) -> torch.nn.Module:
@@ -41,7 +43,7 @@ def test_level_flow_inverts_and_its_log_det_is_autograds(channels: int, size: tu
     torch.testing.assert_close(back, x)
     torch.testing.assert_close(minus, -local)
     assert local.shape == (2, *size)
-    one = Condition(dense=condition.dense[:1])
+    one = replace(condition, map=condition.map[:1])
     torch.testing.assert_close(local[0].sum(), slogdet(lambda v: flow(v, one)[0], x[:1]))
 
 
@@ -58,7 +60,7 @@ def test_fusion_inverts_and_its_log_det_is_autograds(sizes: tuple) -> None:
         torch.testing.assert_close(a, b)
     for a, b in zip(minus, local, strict=True):
         torch.testing.assert_close(a, -b)
-    one, parts = Condition(dense=condition.dense[:1]), [v[:1].numel() for v in levels]
+    one, parts = replace(condition, map=condition.map[:1]), [v[:1].numel() for v in levels]
 
     def joined(v: torch.Tensor) -> torch.Tensor:
         shaped = tuple(p.reshape(1, *x.shape[1:]) for p, x in zip(v.flatten().split(parts), levels, strict=True))
@@ -83,7 +85,7 @@ def test_block_equals_freias_own() -> None:
         [(5, 1, 1)], dims_c=[(4, 1, 1)], affine_clamping=1.9, subnet_constructor=lambda a, b: Joined()
     )
     freia.double().load_state_dict({k: v for k, v in block.state_dict().items() if not k.startswith("subnet")})
-    (expected,), log_det = freia((x,), (condition.dense,))
+    (expected,), log_det = freia((x,), (condition.dense(),))
     y, local = block(x, condition)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(local.sum((1, 2)), log_det)
