@@ -14,8 +14,9 @@ the image, an encoding that is constant over the batch. As convolution is linear
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,10 +52,10 @@ class CodePart:
 
 @dataclass(frozen=True, kw_only=True)
 class VectorPart:
-    """`vector` (B, V), constant over the image, on the channels from `at` on."""
+    """`vector` (B, V), constant over the image, on the channels of piece number `piece`."""
 
     vector: Tensor
-    at: int
+    piece: int
 
 
 class TableCache:
@@ -95,27 +96,29 @@ class _StraightThrough(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """A condition of `channels` channels on a map of `size` (H, W), as the sum of its parts.
+    """A condition on a map of `size` (H, W): a sum of parts on channels that are divided into pieces.
 
     Attributes:
-        codes: codes on the first channels.
-        map: (B, M, H, W) on the first channels, where nothing is quantized.
-        position: (P, H, W), the encoding, on the channels from `position_at` on.
-        vectors: vectors that are constant over the image; they may overlap other parts and add to them.
+        widths: channels of the pieces; their sum is C.
+        codes: codes on the first pieces.
+        map: (B, M, H, W) on the first piece, where nothing is quantized.
+        position: (P, H, W), the encoding, on piece number `position_piece`.
+        vectors: vectors that are constant over the image; they may share a piece with other parts and add to them.
         direct: convolve the dense map instead of the parts.
     """
 
     size: tuple[int, int]
-    channels: int
+    widths: tuple[int, ...]
     codes: CodePart | None = None
     map: Tensor | None = None
     position: Tensor | None = None
-    position_at: int = 0
+    position_piece: int = 0
     vectors: tuple[VectorPart, ...] = ()
     direct: bool = False
 
     def dense(self) -> Tensor:
         """The condition as one map (B, C, H, W)."""
+        starts = [sum(self.widths[:i]) for i in range(len(self.widths))]
         parts = []
         if self.codes is not None:
             code, x = F.embedding(self.codes.indices, self.codes.codes).permute(0, 3, 1, 2), self.codes.through
@@ -123,60 +126,70 @@ class Condition:
         if self.map is not None:
             parts.append((self.map, 0))
         if self.position is not None:
-            parts.append((self.position[None], self.position_at))
-        parts += [(part.vector[..., None, None], part.at) for part in self.vectors]
-        batch = max(len(x) for x, _ in parts)
+            parts.append((self.position[None], starts[self.position_piece]))
+        parts += [(part.vector[..., None, None], starts[part.piece]) for part in self.vectors]
+        batch, channels = max(len(x) for x, _ in parts), sum(self.widths)
         grown = [
-            F.pad(x.expand(batch, -1, *self.size), (0, 0, 0, 0, at, self.channels - at - x.shape[1])) for x, at in parts
+            F.pad(x.expand(batch, -1, *self.size), (0, 0, 0, 0, at, channels - at - x.shape[1])) for x, at in parts
         ]
         return torch.stack(grown).sum(0)
 
-    def convolve(self, weight: Tensor, cache: TableCache) -> Tensor:
-        """3x3 convolution with `weight` (n, C, 3, 3), zero padding 1, no bias -> (B, n, H, W)."""
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, cache: TableCache) -> Tensor:
+        """3x3 convolution of [`x` ; condition], zero padding 1.
+
+        Args:
+            x: (B, c, H, W), what is conditioned.
+            weight: (n, c + C, 3, 3).
+            bias: (n,).
+            cache: belongs to `weight`.
+        """
         if self.direct:
-            return F.conv2d(self.dense(), weight, padding=1)
-        terms = [self._vectors(weight)] if self.vectors else []
+            return F.conv2d(torch.cat([x, self.dense().to(x.dtype)], 1), weight, bias, padding=1)
+        # One split, so that backward joins the gradients of all pieces once.
+        own, *pieces = weight.split([x.shape[1], *self.widths], 1)
+        total = F.conv2d(x, own, bias, padding=1)
+        if self.vectors:
+            total = total + self._vectors(pieces)
         if self.position is not None:
-            terms.append(cache.get("position", (weight, self.position), lambda: self._position(weight)))
+            encoding, piece = self.position[None], pieces[self.position_piece]
+            make = partial(F.conv2d, encoding, piece, padding=1)
+            total = total + cache.get("position", (weight, encoding), make)
         if self.map is not None:
-            terms.append(F.conv2d(self.map, weight[:, : self.map.shape[1]], padding=1))
+            total = total + F.conv2d(self.map, pieces[0], padding=1)
         if self.codes is not None:
-            terms.append(self._codes(self.codes, weight, cache))
-        total = sum(terms[1:], terms[0])
-        if self.codes is not None and self.codes.through.requires_grad:
-            own = weight[:, : self.codes.through.shape[1]].detach()
-            total = _StraightThrough.apply(total, self.codes.through, own)
+            total = total + self._codes(self.codes, pieces, cache)
+            if self.codes.through.requires_grad:
+                start, width = x.shape[1], self.codes.through.shape[1]
+                total = _StraightThrough.apply(total, self.codes.through, weight[:, start : start + width].detach())
         return total
 
-    def _position(self, weight: Tensor) -> Tensor:
-        assert self.position is not None
-        at = self.position_at
-        return F.conv2d(self.position[None], weight[:, at : at + len(self.position)], padding=1)
-
-    def _vectors(self, weight: Tensor) -> Tensor:
+    def _vectors(self, pieces: Sequence[Tensor]) -> Tensor:
         """The sum over taps inside the image of each tap's product with the vectors."""
-        products = sum(
-            torch.einsum("bv,nvij->bnij", p.vector, weight[:, p.at : p.at + p.vector.shape[1]]) for p in self.vectors
-        )
-        rows, columns = (inside(length, weight) for length in self.size)
-        return torch.einsum("bnij,yi,xj->bnyx", products, rows.to(products), columns.to(products))  # type: ignore[union-attr]
+        products = [torch.einsum("bv,nvij->bnij", part.vector, pieces[part.piece]) for part in self.vectors]
+        total = sum(products[1:], products[0])
+        rows, columns = (inside(length, total) for length in self.size)
+        return torch.einsum("bnij,yi,xj->bnyx", total, rows, columns)
 
-    def _codes(self, part: CodePart, weight: Tensor, cache: TableCache) -> Tensor:
+    def _codes(self, part: CodePart, pieces: Sequence[Tensor], cache: TableCache) -> Tensor:
         """The sum of nine table rows for each position; where positions are fewer than codes, the plain convolution."""
         b, h, w = part.indices.shape
-        wide = weight[:, : part.codes.shape[1]]
+        count = next(i for i in range(len(self.widths) + 1) if sum(self.widths[:i]) == part.codes.shape[1])
+        wide = pieces[:count]
         if torch.is_grad_enabled() and b * h * w < len(part.codes):
-            return F.conv2d(F.embedding(part.indices, part.codes).permute(0, 3, 1, 2), wide, padding=1)
-        table = cache.get("codes", (weight, part.codes), lambda: code_table(part.codes, wide))
+            dense = F.embedding(part.indices, part.codes).permute(0, 3, 1, 2)
+            maps = [F.conv2d(d, p, padding=1) for d, p in zip(dense.split(self.widths[:count], 1), wide, strict=True)]
+            return sum(maps[1:], maps[0])
+        table = cache.get("codes", (*wide, part.codes), partial(code_table, part.codes, wide))
         rows = F.embedding_bag(part.neighbours, table, mode="sum", padding_idx=len(table) - 1)
         return rows.view(b, h, w, -1).permute(0, 3, 1, 2)
 
 
-def code_table(codes: Tensor, weight: Tensor) -> Tensor:
-    """Each code's product with each tap: `codes` (K, Q), `weight` (n, Q, 3, 3) -> (9 K + 1, n), the last row zero."""
-    n = len(weight)
-    table = codes @ weight.permute(1, 2, 3, 0).reshape(codes.shape[1], TAPS * n)  # (K, 9 n)
-    return F.pad(table.view(-1, TAPS, n).transpose(0, 1).reshape(-1, n), (0, 0, 0, 1))
+def code_table(codes: Tensor, pieces: Sequence[Tensor]) -> Tensor:
+    """Each code's product with each tap: `codes` (K, Q), pieces (n, Q_i, 3, 3) -> (9 K + 1, n), the last row zero."""
+    n, tables = len(pieces[0]), []
+    for part, piece in zip(codes.split([p.shape[1] for p in pieces], 1), pieces, strict=True):
+        tables.append(torch.einsum("kq,nqt->tkn", part, piece.flatten(2)))
+    return F.pad(sum(tables[1:], tables[0]).reshape(-1, n), (0, 0, 0, 1))
 
 
 def inside(length: int, like: Tensor) -> Tensor:

@@ -40,11 +40,7 @@ class Subnet(nn.Module):
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """`x` (B, n - C, H, W) and a condition of C channels -> (B, out, H, W)."""
-        own = x.shape[1]
-        weight = self.conv1.weight
-        hidden = F.conv2d(x, weight[:, :own], self.conv1.bias, padding=1) + condition.convolve(
-            weight[:, own:], self.cache
-        )
+        hidden = condition.convolve(x, self.conv1.weight, self.conv1.bias, self.cache)
         return self.conv2(F.relu(self.ln(hidden)))
 
 

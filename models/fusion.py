@@ -43,11 +43,7 @@ class CrossNet(nn.Module):
     def forward(self, levels: Levels, condition: Condition) -> tuple[Levels, Levels]:
         """Levels (B, c_l, H_l, W_l) -> raw log-scales and shifts, each (B, o_l, H_l, W_l)."""
         pooled = torch.cat([F.adaptive_avg_pool2d(x, condition.size) for x in levels], 1)
-        own = pooled.shape[1]
-        weight = self.conv1.weight
-        hidden = F.conv2d(pooled, weight[:, :own], self.conv1.bias, padding=1) + condition.convolve(
-            weight[:, own:], self.cache
-        )
+        hidden = condition.convolve(pooled, self.conv1.weight, self.conv1.bias, self.cache)
         cross = F.relu(self.conv2(F.relu(self.norm(hidden)))).split(self.channels, 1)
         mixed = [x + resize(part, x).to(x.dtype) for x, part in zip(levels, cross, strict=True)]
         log_scales = tuple(conv(x).to(x.dtype) for conv, x in zip(self.conv_s, mixed, strict=True))

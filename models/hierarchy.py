@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class Hierarchy(nn.Module):
             for _ in range(LEVELS + 1)
             if quantize in ("residual", "naive")
         )
-        self.full = full = dim + positions + dim
+        full = dim + positions + dim
         self.projections = nn.ModuleList(nn.Conv2d(full, size, 1) for size in (*sizes, sizes[-1])) if sizes else None
         self.condition_channels = tuple(sizes[min(i, 2)] if sizes else full for i in range(LEVELS + 1))
 
@@ -131,29 +132,38 @@ class Hierarchy(nn.Module):
         of [g ; PE] (naive), or [g ; PE] itself. With residual quantization the gradient of p inside the pattern
         condition vanishes, because the quantized residual is g - [PE ; p] to the straight-through gradient.
         """
-        dim, encoding = concept.shape[1], self.encoding(embedded) if self.positions else None
-        whole = VectorPart(vector=concept, at=dim + self.positions)
-        shape = {"size": tuple(embedded.shape[-2:]), "channels": self.full, "direct": self.direct}
+        positions = (self.positions,) if self.positions else ()
+        encoding = self.encoding(embedded) if self.positions else None
+        dim, last = concept.shape[1], len(positions) + 1
+        whole = VectorPart(vector=concept, piece=last)
+        shape: dict[str, Any] = {"size": tuple(embedded.shape[-2:]), "direct": self.direct}
         if not self.cspc:
-            made = Condition(**shape, map=embedded, position=encoding, position_at=dim, vectors=(whole,))
-            return self.projected(level, made), None, embedded.new_zeros(())
-        book = self.cspc[level]
-        x = self.pattern_input(embedded, concept)
-        out = book(x.permute(0, 2, 3, 1))
-        part = CodePart.make(out.indices, out.codes, embedded)
+            parts = Condition(
+                **shape,
+                widths=(dim, *positions, dim),
+                map=embedded,
+                position=encoding,
+                position_piece=1,
+                vectors=(whole,),
+            )
+            return self.projected(level, parts), None, embedded.new_zeros(())
+        out = self.cspc[level](self.pattern_input(embedded, concept).permute(0, 2, 3, 1))
+        codes = CodePart.make(out.indices, out.codes, embedded)
         if self.quantize == "naive":
-            made = Condition(**shape, codes=part, vectors=(whole,))
+            parts = Condition(**shape, widths=(dim, *positions, dim), codes=codes, vectors=(whole,))
         else:
-            base = VectorPart(vector=concept.detach(), at=self.positions)
-            made = Condition(**shape, codes=part, position=encoding, vectors=(base, whole))
-        return self.projected(level, made), out.indices, out.commitment
+            base = VectorPart(vector=concept.detach(), piece=last - 1)
+            parts = Condition(
+                **shape, widths=(*positions, dim, dim), codes=codes, position=encoding, vectors=(base, whole)
+            )
+        return self.projected(level, parts), out.indices, out.commitment
 
     def projected(self, level: int, condition: Condition) -> Condition:
         """`condition` itself, or its projection to fewer channels."""
         if self.projections is None:
             return condition
         dense = self.projections[level](condition.dense())
-        return Condition(size=condition.size, channels=dense.shape[1], map=dense)
+        return Condition(size=condition.size, widths=(dense.shape[1],), map=dense)
 
     def forward(self, features: Sequence[Tensor]) -> ConditionSet:
         """Features (B, c_l, H_l, W_l) of the three levels and the top -> their conditions."""

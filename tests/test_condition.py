@@ -65,13 +65,18 @@ def test_convolution_by_parts_at_all_borders(size: tuple[int, int], codes: int, 
     indices, through = torch.randint(codes, (b, *size)), torch.randn(b, 3, *size, dtype=dtype)
     part = CodePart.make(indices, torch.randn(codes, 5, dtype=dtype), through)
     condition = Condition(
-        size=size, channels=c, codes=part, position=torch.randn(2, *size, dtype=dtype), position_at=1,
-        vectors=(VectorPart(vector=torch.randn(b, 4, dtype=dtype), at=5), VectorPart(vector=torch.randn(b, 2, dtype=dtype), at=9)),
-    )  # fmt: skip
-    weight = torch.randn(6, c, 3, 3, dtype=dtype)
+        size=size,
+        widths=(1, 4, 4, 2),
+        codes=part,
+        position=torch.randn(4, *size, dtype=dtype),
+        position_piece=1,
+        vectors=tuple(VectorPart(vector=torch.randn(b, v, dtype=dtype), piece=i) for i, v in ((1, 4), (2, 4), (3, 2))),
+    )
+    x, weight, bias = torch.randn(b, 3, *size, dtype=dtype), torch.randn(6, 3 + c, 3, 3, dtype=dtype), torch.randn(6)
     with torch.set_grad_enabled(record):
-        got = condition.convolve(weight, TableCache())
-    torch.testing.assert_close(got, torch.nn.functional.conv2d(condition.dense(), weight, padding=1))
+        got = condition.convolve(x, weight, bias.to(dtype), TableCache())
+    joined = torch.cat([x, condition.dense()], 1)
+    torch.testing.assert_close(got, torch.nn.functional.conv2d(joined, weight, bias.to(dtype), padding=1))
 
 
 def test_tables_are_kept_only_while_nothing_changes() -> None:

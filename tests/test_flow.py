@@ -16,7 +16,7 @@ SIZES = [(3, 4), (1, 1), (2, 5)]
 
 
 def dense(b: int, c: int, h: int, w: int) -> Condition:
-    return Condition(size=(h, w), channels=c, map=torch.randn(b, c, h, w, dtype=torch.float64))
+    return Condition(size=(h, w), widths=(c,), map=torch.randn(b, c, h, w, dtype=torch.float64))
 
 
 def shake(module: torch.nn.Module) -> torch.nn.Module:
