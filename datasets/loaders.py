@@ -1,0 +1,104 @@
+"""Batches of images: shuffled by seed and epoch alone, read by worker processes if wanted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from datasets.folder import ImageFolder, Sample, collate
+from default import UsageError
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation that depends on `seed` and the epoch set by `set_epoch`, not on what was drawn before."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        yield from torch.randperm(self.count, generator=generator).tolist()
+
+
+class Guarded(torch.utils.data.Dataset):
+    """Hands the user's errors through worker processes as values, which `collate_guarded` raises in the main one."""
+
+    def __init__(self, dataset: ImageFolder) -> None:
+        self.dataset, self.items, self.input_size = dataset, dataset.items, dataset.input_size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample | str:
+        try:
+            return self.dataset[index]
+        except UsageError as error:
+            return str(error)
+
+
+def collate_guarded(samples: list[Any]) -> Any:
+    """A batch, or the first error's text."""
+    errors = [s for s in samples if isinstance(s, str)]
+    return errors[0] if errors else collate(samples)
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader whose unreadable images end in a `UsageError` that names the file, whatever process read them."""
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            if isinstance(batch, str):
+                raise UsageError(batch)
+            yield batch
+
+
+def resolve_workers(workers: int | None, device_type: str) -> int:
+    """`workers`, or its default: none on the CPU (the cores compute), up to 8 with a GPU."""
+    if workers is not None:
+        return workers
+    return 0 if device_type == "cpu" else min(8, os.cpu_count() or 1)
+
+
+def _loader(dataset: ImageFolder, batch_size: int, workers: int, pin_memory: bool, **options: Any) -> ImageLoader:
+    return ImageLoader(
+        Guarded(dataset),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate_guarded,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        multiprocessing_context="spawn" if workers else None,
+        **options,
+    )
+
+
+def train_loader(
+    dataset: ImageFolder, *, batch_size: int, workers: int, seed: int, pin_memory: bool = False
+) -> ImageLoader:
+    """Shuffled batches, the last partial one dropped.
+
+    Raises:
+        UsageError: fewer images than a batch holds.
+    """
+    if batch_size > len(dataset):
+        raise UsageError(f"--batch-size: expected at most {len(dataset)}, the number of training images, but got {batch_size}")
+    sampler = EpochSampler(len(dataset), seed)
+    return _loader(dataset, batch_size, workers, pin_memory, sampler=sampler, drop_last=True)
+
+
+def test_loader(dataset: ImageFolder, *, batch_size: int, workers: int, pin_memory: bool = False) -> ImageLoader:
+    """All images in order."""
+    return _loader(dataset, batch_size, workers, pin_memory)
+
+
+test_loader.__test__ = False  # type: ignore[attr-defined]  # not a pytest test

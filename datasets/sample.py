@@ -1,0 +1,177 @@
+"""The built-in sample: crops of pictures that scikit-image ships, with drawn defects, in MVTec layout.
+
+A demonstration that needs no download, not a benchmark: the defects are drawn, and a class is one picture. Training
+and test crops come from disjoint parts of it. Everything follows from fixed seeds.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from datasets.folder import GOOD, DatasetSpec, scan_mvtec
+from default import UsageError
+
+VERSION = "1"
+MARKER = ".sample-version"
+TRAIN, TEST_GOOD, PER_KIND = 48, 12, 5
+Picture = NDArray[np.uint8]
+Region = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A shipped picture: file, side of a crop in pixels, and the disjoint parts for training and test crops."""
+
+    file: str
+    crop: int
+    train: Region
+    test: Region
+
+
+SOURCES = {
+    "brick": Source(file="brick.png", crop=128, train=(0, 0, 512, 320), test=(0, 320, 512, 512)),
+    "grass": Source(file="grass.png", crop=128, train=(0, 0, 320, 512), test=(320, 0, 512, 512)),
+    "gravel": Source(file="gravel.png", crop=128, train=(0, 0, 320, 512), test=(320, 0, 512, 512)),
+    "retina": Source(file="retina.jpg", crop=192, train=(280, 200, 1130, 760), test=(280, 760, 1130, 1200)),
+    "stars": Source(file="hubble_deep_field.jpg", crop=192, train=(0, 0, 1000, 520), test=(0, 520, 1000, 872)),
+    "tissue": Source(file="ihc.png", crop=128, train=(0, 0, 320, 512), test=(320, 0, 512, 512)),
+}
+
+
+def read_source(source: Source) -> Picture:
+    """The whole picture, RGB (H, W, 3)."""
+    with importlib.resources.as_file(importlib.resources.files("skimage.data") / source.file) as path:
+        return np.array(Image.open(path).convert("RGB"))
+
+
+def random_crop(picture: Picture, source: Source, region: Region, rng: np.random.Generator) -> Picture:
+    """A crop that lies inside `region`."""
+    left, top, right, bottom = region
+    x, y = rng.integers(left, right - source.crop + 1), rng.integers(top, bottom - source.crop + 1)
+    return picture[y : y + source.crop, x : x + source.crop].copy()
+
+
+def blob(side: int, rng: np.random.Generator, low: float, high: float) -> NDArray[np.bool_]:
+    """A closed wavy shape of a radius between the shares `low` and `high` of the side, wholly inside the image."""
+    radius = rng.uniform(low, high) * side
+    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    wave = 1 + sum(rng.uniform(0, 0.18) * np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 5))
+    margin = 1.6 * radius + 1
+    x, y = rng.uniform(margin, side - margin, 2)
+    stretch = rng.uniform(0.7, 1.0)
+    points = [(x + radius * w * np.cos(a), y + radius * w * stretch * np.sin(a)) for a, w in zip(angle, wave, strict=True)]
+    canvas = Image.new("1", (side, side))
+    ImageDraw.Draw(canvas).polygon(points, fill=1)
+    return np.array(canvas)
+
+
+def scratch(image: Picture, other: Picture, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """A bent bright or dark line."""
+    side = len(image)
+    start, end = rng.uniform(0.1, 0.9, 2) * side, rng.uniform(0.1, 0.9, 2) * side
+    while np.hypot(*(start - end)) < 0.35 * side:
+        end = rng.uniform(0.1, 0.9, 2) * side
+    bend = (start + end) / 2 + rng.normal(0, 0.08, 2) * side
+    steps = np.linspace(0, 1, 60)[:, None]
+    curve = (1 - steps) ** 2 * start + 2 * steps * (1 - steps) * bend + steps**2 * end
+    canvas = Image.new("1", (side, side))
+    ImageDraw.Draw(canvas).line([tuple(p) for p in curve], fill=1, width=int(rng.integers(3, 6)))
+    mask = np.array(canvas)
+    level = 235 if image[mask].mean() < 140 else 20
+    blend(image, mask, np.full(3, level), 0.85)
+    return mask
+
+
+def stain(image: Picture, other: Picture, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """A translucent spot of another colour."""
+    mask = blob(len(image), rng, 0.09, 0.16)
+    colours = np.array([[60, 30, 10], [20, 60, 40], [200, 170, 60], [120, 20, 30]])
+    blend(image, mask, colours[rng.integers(len(colours))], rng.uniform(0.6, 0.75))
+    return mask
+
+
+def foreign_patch(image: Picture, other: Picture, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """A piece of another class's picture."""
+    mask, side = blob(len(image), rng, 0.09, 0.16), len(image)
+    y, x = rng.integers(0, other.shape[0] - side), rng.integers(0, other.shape[1] - side)
+    image[mask] = other[y : y + side, x : x + side][mask]
+    return mask
+
+
+def missing_part(image: Picture, other: Picture, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """A hole: an even dark or light surface instead of the texture."""
+    mask = blob(len(image), rng, 0.09, 0.16)
+    level = 15 if image.mean() > 90 else 200
+    image[mask] = (level + rng.normal(0, 3, (int(mask.sum()), 3))).clip(0, 255).astype(np.uint8)
+    return mask
+
+
+def blend(image: Picture, mask: NDArray[np.bool_], colour: NDArray, share: float) -> None:
+    """Mix `colour` into the masked pixels, in place."""
+    image[mask] = ((1 - share) * image[mask] + share * colour).round().astype(np.uint8)
+
+
+DEFECTS: dict[str, Callable[[Picture, Picture, np.random.Generator], NDArray[np.bool_]]] = {
+    "foreign_patch": foreign_patch, "missing_part": missing_part, "scratch": scratch, "stain": stain,
+}  # fmt: skip
+
+
+def make_sample(root: Path) -> None:
+    """Write the sample to `root` unless it is there; a half-written one never is.
+
+    Raises:
+        UsageError: the folder cannot be written, or holds something else.
+    """
+    marker = root / MARKER
+    if marker.is_file() and marker.read_text(encoding="utf-8") == VERSION:
+        return
+    if root.is_dir() and any(root.iterdir()) and not marker.is_file():
+        raise UsageError(f"--data-path: {root} is not empty and is not the built-in sample; choose another folder")
+    part = root.with_name(f"{root.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        for name in SOURCES:
+            write_class(part / name, name)
+        (part / MARKER).write_text(VERSION, encoding="utf-8")
+        if root.is_dir():
+            shutil.rmtree(root)
+        part.replace(root)
+    except OSError as error:
+        raise UsageError(f"--data-path: cannot write the sample to {root}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_class(folder: Path, name: str) -> None:
+    """One class: training crops, good test crops, and test crops with each kind of defect and its mask."""
+    source, others = SOURCES[name], [n for n in SOURCES if n != name]
+    picture = read_source(source)
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    for number in range(TRAIN):
+        save(folder / "train" / GOOD / f"{number:03d}.png", random_crop(picture, source, source.train, rng))
+    for number in range(TEST_GOOD):
+        save(folder / "test" / GOOD / f"{number:03d}.png", random_crop(picture, source, source.test, rng))
+    for kind, draw in DEFECTS.items():
+        for number in range(PER_KIND):
+            image = random_crop(picture, source, source.test, rng)
+            mask = draw(image, read_source(SOURCES[others[rng.integers(len(others))]]), rng)
+            save(folder / "test" / kind / f"{number:03d}.png", image)
+            save(folder / "ground_truth" / kind / f"{number:03d}_mask.png", (mask * 255).astype(np.uint8))
+
+
+def save(path: Path, image: Picture) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, compress_level=1)
+
+
+SPEC = DatasetSpec(title="sample", classes=tuple(SOURCES), places=("data/sample",), scan=scan_mvtec)

@@ -1,0 +1,66 @@
+"""VisA (Zou et al., ECCV 2022), as its archive unpacks or rearranged into MVTec layout; recognised by itself."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from datasets.folder import GOOD, DatasetSpec, Item, scan_mvtec
+from default import VISA_CLASSES, UsageError
+
+SPLIT = Path("split_csv") / "1cls.csv"
+COLUMNS = {"object", "split", "label", "image", "mask"}
+
+
+def scan_visa(folder: Path, class_index: int) -> tuple[list[Item], list[Item]]:
+    """Training and test items of a class in either layout.
+
+    Rearranged: CLASS/{train/good, test/good, test/bad, ground_truth/bad/NAME.png}. Original:
+    CLASS/Data/{Images/Normal, Images/Anomaly, Masks/Anomaly} and split_csv/1cls.csv beside the classes.
+
+    Raises:
+        UsageError: images, masks or the split file are missing.
+    """
+    if not (folder / "Data" / "Images").is_dir():
+        return scan_mvtec(folder, class_index)
+    train, test = [], []
+    for row in read_split(folder.parent / SPLIT):
+        if row["object"] != folder.name:
+            continue
+        item = row_item(row, folder.parent, class_index)
+        (train if row["split"].strip() == "train" else test).append(item)
+    if not train or not test:
+        raise UsageError(f"--data-path: {folder.parent / SPLIT} lists no training or no test images of {folder.name}")
+    return train, test
+
+
+def row_item(row: dict[str, str], root: Path, class_index: int) -> Item:
+    """The image of one row of the split file."""
+    path, bad = root / row["image"].strip(), row["label"].strip() != "normal"
+    mask = root / row["mask"].strip() if bad else None
+    if not path.is_file():
+        raise UsageError(f"--data-path: {SPLIT} lists {path}, which is missing")
+    if bad and (not row["mask"].strip() or mask is None or not mask.is_file()):
+        raise UsageError(f"{path}: no mask at {mask}")
+    kind = "bad" if bad else GOOD
+    return Item(path=path, mask_path=mask, label=int(bad), class_index=class_index, kind=kind)
+
+
+def read_split(path: Path) -> list[dict[str, str]]:
+    """Rows of the official one-class split."""
+    if not path.is_file():
+        raise UsageError(f"--data-path: no such file: {path} (VisA's split of training and test images)")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not COLUMNS <= rows[0].keys():
+        raise UsageError(f"--data-path: {path}: expected the columns {', '.join(sorted(COLUMNS))}")
+    return rows
+
+
+SPEC = DatasetSpec(
+    title="VisA",
+    classes=VISA_CLASSES,
+    places=("data/VisA", "data/VisA_pytorch/1cls"),
+    scan=scan_visa,
+    hint="; unpack VisA there (https://github.com/amazon-science/spot-diff)",
+)
