@@ -55,7 +55,9 @@ class Batch:
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
         """On another device."""
-        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in ("image", "mask", "label", "class_index")}
+        moved = {
+            n: getattr(self, n).to(device, non_blocking=non_blocking) for n in ("image", "mask", "label", "class_index")
+        }
         return replace(self, **moved)
 
     def pin_memory(self) -> Batch:
@@ -94,7 +96,11 @@ class ImageFolder(Dataset[Sample]):
         item, size = self.items[index], self.input_size
         mask = torch.zeros(size, size, dtype=torch.bool) if item.mask_path is None else load_mask(item.mask_path, size)
         return Sample(
-            image=load_image(item.path, size), mask=mask, label=item.label, class_index=item.class_index, path=str(item.path)
+            image=load_image(item.path, size),
+            mask=mask,
+            label=item.label,
+            class_index=item.class_index,
+            path=str(item.path),
         )
 
     def without_masks(self) -> set[int]:
@@ -164,7 +170,9 @@ def scan_mvtec(folder: Path, class_index: int, *, masks_optional: bool = False) 
             mask = None if good or unmasked else find_mask(p, folder / "ground_truth" / kind.name)
             test.append(Item(path=p, mask_path=mask, label=int(not good), class_index=class_index, kind=kind.name))
     if not test:
-        raise UsageError(f"--data-path: {folder} lacks images in test (test/good and one folder for each kind of defect)")
+        raise UsageError(
+            f"--data-path: {folder} lacks images in test (test/good and one folder for each kind of defect)"
+        )
     return train, test
 
 

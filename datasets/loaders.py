@@ -91,7 +91,9 @@ def train_loader(
         UsageError: fewer images than a batch holds.
     """
     if batch_size > len(dataset):
-        raise UsageError(f"--batch-size: expected at most {len(dataset)}, the number of training images, but got {batch_size}")
+        raise UsageError(
+            f"--batch-size: expected at most {len(dataset)}, the number of training images, but got {batch_size}"
+        )
     sampler = EpochSampler(len(dataset), seed)
     return _loader(dataset, batch_size, workers, pin_memory, sampler=sampler, drop_last=True)
 

@@ -69,7 +69,9 @@ def blob(side: int, rng: np.random.Generator, low: float, high: float) -> NDArra
     margin = 1.6 * radius + 1
     x, y = rng.uniform(margin, side - margin, 2)
     stretch = rng.uniform(0.7, 1.0)
-    points = [(x + radius * w * np.cos(a), y + radius * w * stretch * np.sin(a)) for a, w in zip(angle, wave, strict=True)]
+    points = [
+        (x + radius * w * np.cos(a), y + radius * w * stretch * np.sin(a)) for a, w in zip(angle, wave, strict=True)
+    ]
     canvas = Image.new("1", (side, side))
     ImageDraw.Draw(canvas).polygon(points, fill=1)
     return np.array(canvas)

@@ -52,7 +52,7 @@ def read_split(path: Path) -> list[dict[str, str]]:
         raise UsageError(f"--data-path: no such file: {path} (VisA's split of training and test images)")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if not rows or not COLUMNS <= rows[0].keys():
+    if not rows or not rows[0].keys() >= COLUMNS:
         raise UsageError(f"--data-path: {path}: expected the columns {', '.join(sorted(COLUMNS))}")
     return rows
 
