@@ -20,8 +20,8 @@ def resolve_root(data: DataConfig) -> Path:
         UsageError: there is no such folder, or it is empty.
     """
     spec = SPECS[data.dataset]
-    places = [Path(data.data_path)] if data.data_path is not None else [Path(place) for place in spec.places]
-    root = next((place for place in places if place.is_dir()), places[0])
+    places = [Path(place) for place in (spec.places if data.data_path is None else (data.data_path,))]
+    root = next((place for place in places if place.is_dir() and any(place.iterdir())), places[0])
     if data.dataset == "sample":
         sample.make_sample(root)
     if not root.is_dir():
@@ -38,10 +38,10 @@ def resolve_classes(data: DataConfig) -> tuple[str, ...]:
         UsageError: a class that the data set does not have, or no classes in the folder.
     """
     spec, root = SPECS[data.dataset], resolve_root(data)
-    known = spec.classes or tuple(sorted(p.name for p in root.iterdir() if (p / "train").is_dir()))
+    known = spec.classes or tuple(p.name for p in folder.subfolders(root) if (p / "train").is_dir())
     if not known:
         raise UsageError(f"--data-path: no folder in {root} has a train folder; expected {root}/CLASS/train/good")
-    if data.class_names == ("all",):
+    if "all" in data.class_names:
         return known
     for name in data.class_names:
         if name not in known:

@@ -120,17 +120,24 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts 2.png before 10.png, the same on every machine."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+def natural(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """Sorts 2.png before 10.png, the same on every machine; 1.png and 01.png are told apart by the second part."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], path.name
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder in natural order; none if there is no such folder."""
+    """The image files in a folder in natural order, hidden ones left out; none if there is no such folder."""
     if not folder.is_dir():
         return []
     found = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    return sorted(found, key=natural)
+    return sorted((p for p in found if p.is_file()), key=natural)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder by name, hidden ones left out; none if there is no such folder."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((p for p in found if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
 
 
 def find_mask(image: Path, folder: Path) -> Path:
@@ -163,8 +170,7 @@ def scan_mvtec(folder: Path, class_index: int, *, masks_optional: bool = False) 
         raise UsageError(f"--data-path: {folder} lacks images in train/good")
     unmasked = masks_optional and not (folder / "ground_truth").is_dir()
     test = []
-    kinds = sorted(p for p in (folder / "test").iterdir() if p.is_dir()) if (folder / "test").is_dir() else []
-    for kind in kinds:
+    for kind in subfolders(folder / "test"):
         for p in image_files(kind):
             good = kind.name == GOOD
             mask = None if good or unmasked else find_mask(p, folder / "ground_truth" / kind.name)

@@ -1,7 +1,8 @@
 """The built-in sample: crops of pictures that scikit-image ships, with drawn defects, in MVTec layout.
 
 A demonstration that needs no download, not a benchmark: the defects are drawn, and a class is one picture. Training
-and test crops come from disjoint parts of it. Everything follows from fixed seeds.
+and test crops come from disjoint parts of it. Every image follows from a seed of its own. Drawings are exact: a mask
+holds the pixels that differ from the undrawn crop, all of them and no other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from PIL import Image, ImageDraw
 from datasets.folder import GOOD, DatasetSpec, scan_mvtec
 from default import UsageError
 
-VERSION = "1"
+VERSION = "2"
 MARKER = ".sample-version"
 TRAIN, TEST_GOOD, PER_KIND = 48, 12, 5
 Picture = NDArray[np.uint8]
@@ -30,18 +31,22 @@ Region = tuple[int, int, int, int]  # left, top, right, bottom
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A shipped picture: file, side of a crop in pixels, and the disjoint parts for training and test crops."""
+    """A shipped picture: file, side of a crop in pixels, and the disjoint parts for training and test crops.
+
+    `hides` names a class whose patches cannot be told from this one's own texture by eye.
+    """
 
     file: str
     crop: int
     train: Region
     test: Region
+    hides: str | None = None
 
 
 SOURCES = {
     "brick": Source(file="brick.png", crop=128, train=(0, 0, 512, 320), test=(0, 320, 512, 512)),
-    "grass": Source(file="grass.png", crop=128, train=(0, 0, 320, 512), test=(320, 0, 512, 512)),
-    "gravel": Source(file="gravel.png", crop=128, train=(0, 0, 320, 512), test=(320, 0, 512, 512)),
+    "grass": Source(file="grass.png", crop=128, train=(0, 0, 320, 512), test=(320, 0, 512, 512), hides="gravel"),
+    "gravel": Source(file="gravel.png", crop=128, train=(0, 0, 320, 512), test=(320, 0, 512, 512), hides="grass"),
     "retina": Source(file="retina.jpg", crop=192, train=(280, 200, 1130, 760), test=(280, 760, 1130, 1200)),
     "stars": Source(file="hubble_deep_field.jpg", crop=192, train=(0, 0, 1000, 520), test=(0, 520, 1000, 872)),
     "tissue": Source(file="ihc.png", crop=128, train=(0, 0, 320, 512), test=(320, 0, 512, 512)),
@@ -65,7 +70,9 @@ def blob(side: int, rng: np.random.Generator, low: float, high: float) -> NDArra
     """A closed wavy shape of a radius between the shares `low` and `high` of the side, wholly inside the image."""
     radius = rng.uniform(low, high) * side
     angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    wave = 1 + sum(rng.uniform(0, 0.18) * np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 5))
+    wave = np.ones(len(angle))
+    for k in (2, 3, 5):
+        wave += rng.uniform(0, 0.18) * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
     margin = 1.6 * radius + 1
     x, y = rng.uniform(margin, side - margin, 2)
     stretch = rng.uniform(0.7, 1.0)
@@ -96,7 +103,7 @@ def scratch(image: Picture, other: Picture, rng: np.random.Generator) -> NDArray
 
 def stain(image: Picture, other: Picture, rng: np.random.Generator) -> NDArray[np.bool_]:
     """A translucent spot of another colour."""
-    mask = blob(len(image), rng, 0.09, 0.16)
+    mask = blob(len(image), rng, 0.09, 0.15)
     colours = np.array([[60, 30, 10], [20, 60, 40], [200, 170, 60], [120, 20, 30]])
     blend(image, mask, colours[rng.integers(len(colours))], rng.uniform(0.6, 0.75))
     return mask
@@ -104,7 +111,7 @@ def stain(image: Picture, other: Picture, rng: np.random.Generator) -> NDArray[n
 
 def foreign_patch(image: Picture, other: Picture, rng: np.random.Generator) -> NDArray[np.bool_]:
     """A piece of another class's picture."""
-    mask, side = blob(len(image), rng, 0.09, 0.16), len(image)
+    mask, side = blob(len(image), rng, 0.09, 0.15), len(image)
     y, x = rng.integers(0, other.shape[0] - side), rng.integers(0, other.shape[1] - side)
     image[mask] = other[y : y + side, x : x + side][mask]
     return mask
@@ -112,7 +119,7 @@ def foreign_patch(image: Picture, other: Picture, rng: np.random.Generator) -> N
 
 def missing_part(image: Picture, other: Picture, rng: np.random.Generator) -> NDArray[np.bool_]:
     """A hole: an even dark or light surface instead of the texture."""
-    mask = blob(len(image), rng, 0.09, 0.16)
+    mask = blob(len(image), rng, 0.09, 0.15)
     level = 15 if image.mean() > 90 else 200
     image[mask] = (level + rng.normal(0, 3, (int(mask.sum()), 3))).clip(0, 255).astype(np.uint8)
     return mask
@@ -123,9 +130,26 @@ def blend(image: Picture, mask: NDArray[np.bool_], colour: NDArray, share: float
     image[mask] = ((1 - share) * image[mask] + share * colour).round().astype(np.uint8)
 
 
+def draw_defect(kind: str, image: Picture, other: Picture, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Draw a defect into `image` (S, S, 3), in place; returns the changed pixels (S, S).
+
+    Where the drawing happens to repeat the value below it, the lowest bit is flipped: masks have no holes.
+    """
+    before = image.copy()
+    mask = DEFECTS[kind](image, other, rng)
+    image[mask & (image == before).all(axis=2)] ^= 1
+    return mask
+
+
 DEFECTS: dict[str, Callable[[Picture, Picture, np.random.Generator], NDArray[np.bool_]]] = {
     "foreign_patch": foreign_patch, "missing_part": missing_part, "scratch": scratch, "stain": stain,
 }  # fmt: skip
+
+
+def is_complete(root: Path) -> bool:
+    """Whether this version of the sample lies in `root`; the marker is there only once everything is."""
+    marker = root / MARKER
+    return marker.is_file() and marker.read_text(encoding="utf-8") == VERSION
 
 
 def make_sample(root: Path) -> None:
@@ -134,12 +158,13 @@ def make_sample(root: Path) -> None:
     Raises:
         UsageError: the folder cannot be written, or holds something else.
     """
-    marker = root / MARKER
-    if marker.is_file() and marker.read_text(encoding="utf-8") == VERSION:
+    if is_complete(root):
         return
-    if root.is_dir() and any(root.iterdir()) and not marker.is_file():
+    if root.is_dir() and any(root.iterdir()) and not (root / MARKER).is_file():
         raise UsageError(f"--data-path: {root} is not empty and is not the built-in sample; choose another folder")
+    root = root.resolve()  # "." has no name
     part = root.with_name(f"{root.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
         for name in SOURCES:
@@ -149,25 +174,34 @@ def make_sample(root: Path) -> None:
             shutil.rmtree(root)
         part.replace(root)
     except OSError as error:
-        raise UsageError(f"--data-path: cannot write the sample to {root}: {error.strerror}") from error
+        if not is_complete(root):  # another process may have been faster
+            raise UsageError(f"--data-path: cannot write the sample to {root}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def generator(*key: object) -> np.random.Generator:
+    """Random numbers that follow from `key` (class, kind, number) alone."""
+    return np.random.default_rng(zlib.crc32("/".join(map(str, key)).encode()))
+
+
 def write_class(folder: Path, name: str) -> None:
     """One class: training crops, good test crops, and test crops with each kind of defect and its mask."""
-    source, others = SOURCES[name], [n for n in SOURCES if n != name]
+    source = SOURCES[name]
     picture = read_source(source)
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    others = [read_source(other) for key, other in SOURCES.items() if key not in (name, source.hides)]
     for number in range(TRAIN):
-        save(folder / "train" / GOOD / f"{number:03d}.png", random_crop(picture, source, source.train, rng))
+        crop = random_crop(picture, source, source.train, generator(name, "train", number))
+        save(folder / "train" / GOOD / f"{number:03d}.png", crop)
     for number in range(TEST_GOOD):
-        save(folder / "test" / GOOD / f"{number:03d}.png", random_crop(picture, source, source.test, rng))
-    for kind, draw in DEFECTS.items():
+        crop = random_crop(picture, source, source.test, generator(name, GOOD, number))
+        save(folder / "test" / GOOD / f"{number:03d}.png", crop)
+    for kind in DEFECTS:
         for number in range(PER_KIND):
-            image = random_crop(picture, source, source.test, rng)
-            mask = draw(image, read_source(SOURCES[others[rng.integers(len(others))]]), rng)
-            save(folder / "test" / kind / f"{number:03d}.png", image)
+            rng = generator(name, kind, number)
+            crop = random_crop(picture, source, source.test, rng)
+            mask = draw_defect(kind, crop, others[rng.integers(len(others))], rng)
+            save(folder / "test" / kind / f"{number:03d}.png", crop)
             save(folder / "ground_truth" / kind / f"{number:03d}_mask.png", (mask * 255).astype(np.uint8))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from default import UsageError
@@ -20,25 +20,29 @@ def open_image(path: Path) -> Image.Image:
     """The decoded image.
 
     Raises:
-        UsageError: the file cannot be read as an image.
+        UsageError: the file cannot be read as an image, or its pixels are floating-point numbers of unknown range.
     """
     try:
         with Image.open(path) as image:
             image.load()
-            return image
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except Exception as error:  # decoders of damaged files raise anything: struct.error, EOFError, IndexError, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{path}: cannot be read as an image ({reason})") from error
+    if image.mode == "F":
+        raise UsageError(f"{path}: expected 8 or 16 bits per channel, but got floating-point pixels")
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB by what the image is: palettes are looked up, grey is repeated, 16 bits become 8, alpha is dropped.
 
-    Orientation tags are not applied: the data sets' masks belong to the stored pixels.
+    Sixteen bits are scaled by their full range (value / 257), never by an image's own brightest pixel: that would make
+    images of one class incomparable. Orientation tags are not applied: the data sets' masks belong to the stored
+    pixels.
     """
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+    if image.mode.startswith("I"):  # I;16, I;16B, I;16L; older Pillow reads 16-bit PNG files as I
         values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((values / 257 if values.max() > 255 else values).round().clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -54,11 +58,13 @@ def load_image(path: Path, size: int) -> Tensor:
 def load_mask(path: Path, size: int) -> Tensor:
     """Nearest resize to `size`: (size, size) bool.
 
-    A pixel is defective where its value is above half of the full scale; masks that number their defects (VisA's:
-    highest value below half) count every pixel above zero.
+    A pixel is defective where its value is above half of the full scale (255, or 65535 where values exceed 255). Masks
+    that number their defects 1, 2, 3, ... (VisA's), so whose highest value is below half, count every pixel above zero.
     """
-    mask = np.asarray(open_image(path).convert("L"))
-    limit = 127 if mask.max(initial=0) > 127 else 0
+    image = open_image(path)
+    mask = np.asarray(image if image.mode.startswith("I") else image.convert("L"))
+    half = 32767 if mask.max(initial=0) > 255 else 127
+    limit = half if mask.max(initial=0) > half else 0
     nearest = Image.fromarray(((mask > limit) * 255).astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
     return torch.from_numpy(np.array(nearest) > 127)
 

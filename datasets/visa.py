@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from datasets.folder import GOOD, DatasetSpec, Item, scan_mvtec
+from datasets.folder import GOOD, DatasetSpec, Item, natural, scan_mvtec
 from default import VISA_CLASSES, UsageError
 
 SPLIT = Path("split_csv") / "1cls.csv"
@@ -23,25 +23,31 @@ def scan_visa(folder: Path, class_index: int) -> tuple[list[Item], list[Item]]:
     """
     if not (folder / "Data" / "Images").is_dir():
         return scan_mvtec(folder, class_index)
-    train, test = [], []
+    train: list[Item] = []
+    test: list[Item] = []
     for row in read_split(folder.parent / SPLIT):
         if row["object"] != folder.name:
             continue
         item = row_item(row, folder.parent, class_index)
-        (train if row["split"].strip() == "train" else test).append(item)
+        (train if row["split"] == "train" else test).append(item)
     if not train or not test:
         raise UsageError(f"--data-path: {folder.parent / SPLIT} lists no training or no test images of {folder.name}")
-    return train, test
+    return sorted(train, key=_order), sorted(test, key=_order)
+
+
+def _order(item: Item) -> tuple:
+    """The order of the rearranged layout: by kind, then naturally by file name."""
+    return item.kind, natural(item.path)
 
 
 def row_item(row: dict[str, str], root: Path, class_index: int) -> Item:
     """The image of one row of the split file."""
-    path, bad = root / row["image"].strip(), row["label"].strip() != "normal"
-    mask = root / row["mask"].strip() if bad else None
+    path, bad = root / row["image"], row["label"] != "normal"
+    mask = root / row["mask"] if bad else None
     if not path.is_file():
         raise UsageError(f"--data-path: {SPLIT} lists {path}, which is missing")
-    if bad and (not row["mask"].strip() or mask is None or not mask.is_file()):
-        raise UsageError(f"{path}: no mask at {mask}")
+    if mask is not None and not mask.is_file():
+        raise UsageError(f"{path}: no mask at {mask if row['mask'] else f'its row of {root / SPLIT}'}")
     kind = "bad" if bad else GOOD
     return Item(path=path, mask_path=mask, label=int(bad), class_index=class_index, kind=kind)
 
@@ -50,11 +56,14 @@ def read_split(path: Path) -> list[dict[str, str]]:
     """Rows of the official one-class split."""
     if not path.is_file():
         raise UsageError(f"--data-path: no such file: {path} (VisA's split of training and test images)")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (ValueError, csv.Error) as error:
+        raise UsageError(f"--data-path: {path}: cannot be read as a table ({error})") from error
     if not rows or not rows[0].keys() >= COLUMNS:
         raise UsageError(f"--data-path: {path}: expected the columns {', '.join(sorted(COLUMNS))}")
-    return rows
+    return [{name: (row[name] or "").strip() for name in COLUMNS} for row in rows]
 
 
 SPEC = DatasetSpec(

@@ -119,6 +119,8 @@ def _ideal(total: Tensor) -> Tensor:
 
 
 def _chosen(total: Tensor) -> Tensor:
-    """Which boundaries to keep: the last of each ideal gap, and the lowest of all."""
+    """Which boundaries to keep: the last of each ideal gap, those with the mass of a gap or more, the lowest of all."""
     gap = _ideal(total).floor()
-    return torch.cat([(gap[1:] != gap[:-1]).any(1), torch.ones(1, dtype=torch.bool, device=gap.device)])
+    step = torch.diff(gap, dim=0)
+    edge = torch.ones(1, dtype=torch.bool, device=gap.device)
+    return torch.cat([(step > 0).any(1), edge]) | torch.cat([edge, (step > 1).any(1)])
