@@ -285,5 +285,7 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
     Raises:
         UsageError: a value out of its range, or a part or name that this version does not know.
     """
-    flat = {n: tuple(v) if isinstance(v, list) else v for part in values.values() for n, v in part.items()}
+    flat: dict[str, Any] = {}
+    for part in values.values():
+        flat |= {n: tuple(v) if isinstance(v, list) else v for n, v in part.items()}
     return make_config(**flat)

@@ -63,7 +63,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, dict[str, Any], bool]:
     words = [hyphenated(word) for word in argv]
     typed = vars(build_parser().parse_args(words))
     dry, preset = typed.pop("dry_run", False), typed.pop("preset", None)
-    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+    chosen: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in typed.items()}
     if preset is not None:
         expect("--preset", preset, tuple(PRESETS))
         chosen = PRESETS[preset] | chosen

@@ -13,6 +13,7 @@ import pickle
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import safetensors
@@ -51,6 +52,7 @@ class FrozenExtractor(nn.Module):
 
     def __init__(self, name: str, *, input_size: int, weights: str | None = None, pretrained: bool = True) -> None:
         super().__init__()
+        self.net: Any  # timm gives its models attributes that its types do not know
         levels, options = self._probe(name, input_size)
         state = load_weights(name, weights, options) if pretrained else None
         if state is not None:
@@ -74,10 +76,10 @@ class FrozenExtractor(nn.Module):
             raise UsageError(f"--input-size: expected at least {self.strides[-1]} for {name!r}, but got {input_size}")
 
     @staticmethod
-    def _probe(name: str, input_size: int) -> tuple[tuple[int, ...], dict[str, int]]:
+    def _probe(name: str, input_size: int) -> tuple[tuple[int, ...], dict[str, Any]]:
         """Indices of the four levels, and further arguments for the model."""
         try:
-            net = timm.create_model(name, features_only=True, pretrained=False)
+            net: Any = timm.create_model(name, features_only=True, pretrained=False)
         except (RuntimeError, ValueError, AttributeError, TypeError) as error:
             known = [n for n in timm.list_models() if name[:6] in n][:5] or timm.list_models("convnextv2*")[:5]
             raise UsageError(
@@ -115,7 +117,7 @@ class FrozenExtractor(nn.Module):
         return digest.hexdigest()
 
 
-def load_weights(name: str, path: str | None, options: Mapping[str, int]) -> dict[str, Tensor] | None:
+def load_weights(name: str, path: str | None, options: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """State dictionary for timm model `name` from a file or the package, checked; None: timm shall download.
 
     Raises:
@@ -124,7 +126,7 @@ def load_weights(name: str, path: str | None, options: Mapping[str, int]) -> dic
     if path is None:
         return packaged_weights() if name.split(".")[0] == PACKAGED else None
     state = read_weights(Path(path))
-    full = timm.create_model(name, pretrained=False, **options)
+    full: Any = timm.create_model(name, pretrained=False, **options)
     own, classifier = full.state_dict(), full.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     heads += ("head.", "head_dist", "classifier", "fc.") if heads else ()
@@ -147,7 +149,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"--weights: no such file: {path}")
     try:
         if path.suffix == ".safetensors":
-            content = safetensors.torch.load_file(path)
+            content: Any = safetensors.torch.load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (

@@ -104,6 +104,7 @@ class LevelFlow(nn.Module):
         """The inverse of `forward`, with minus its log-determinant."""
         local = z.new_zeros(())
         for block in reversed(self.blocks):
+            assert isinstance(block, CouplingBlock)
             z, change = block.inverse(z, condition)
             local = local + change
         return z, local

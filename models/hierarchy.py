@@ -184,8 +184,8 @@ class Hierarchy(nn.Module):
 
     def codebooks(self) -> dict[str, Codebook]:
         """All codebooks by name: cpc, cspc_0 .. cspc_top."""
-        named = {"cpc": self.cpc} if self.cpc is not None else {}
-        return named | {f"cspc_{i if i < LEVELS else 'top'}": book for i, book in enumerate(self.cspc)}  # type: ignore[dict-item]
+        named = {f"cspc_{i if i < LEVELS else 'top'}": book for i, book in enumerate(self.cspc)}
+        return {name: book for name, book in ({"cpc": self.cpc} | named).items() if isinstance(book, Codebook)}
 
     @torch.no_grad()
     def seed(self, batches: Sequence[Sequence[Tensor]], *, samples: int = 16384) -> None:

@@ -117,8 +117,8 @@ def converted(checkpoint: Mapping[str, Any], channels: Sequence[int]) -> dict[st
     for key, value in _flat(checkpoint.get("sigma_mu_generators")).items():
         level, kind, name = key.split(".")
         state[f"prior.{swapped[kind]}.{level}.{name}"] = value
-    for level, c in enumerate(channels):
-        state |= {f"mean_{level}": torch.zeros(c), f"std_{level}": torch.ones(c)}
+    for number, c in enumerate(channels):
+        state |= {f"mean_{number}": torch.zeros(c), f"std_{number}": torch.ones(c)}
     return state
 
 

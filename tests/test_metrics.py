@@ -11,7 +11,7 @@ from skimage.measure import label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from utils import sketch
-from utils.metrics import METRICS, ClassAccumulator, ClassResult, evaluate_maps, mean_results
+from utils.metrics import METRICS, ClassAccumulator, evaluate_maps, mean_results
 
 
 def exact(truth: np.ndarray, scores: np.ndarray) -> tuple[float, float, float]:
@@ -49,7 +49,7 @@ def case(seed: int, count: int = 6, side: int = 24) -> tuple[np.ndarray, ...]:
 
 DISTRIBUTIONS = {
     "normal": lambda z: z,
-    "heavy tails": lambda z: np.exp(8 * z),
+    "heavy tails": lambda z: np.exp(8 * z.clip(-9, 9)),
     "outlier": lambda z: np.where(np.arange(z.size).reshape(z.shape) == 7, 1e6, z),
     "ties": lambda z: np.floor(2 * z),
     "half": lambda z: z.astype(np.float16),
@@ -98,7 +98,7 @@ def test_streams_stay_within_1e_4(name: str, order: str, monkeypatch: pytest.Mon
         part = slice(i, i + 8)
         accumulator.update(labels=labels[part], scores=scores[part], masks=masks[part], maps=maps[part])
     got = accumulator.compute()
-    assert name in ("ties", "half", "constant", "narrow") or accumulator.negative._thinned
+    assert accumulator.negative._thinned == (len(np.unique(maps[~masks])) > sketch.BUFFER)
     for metric in METRICS:
         assert getattr(got, metric) == pytest.approx(getattr(expected, metric), abs=1e-4, nan_ok=True), metric
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 def heat(scores: NDArray, low: float, high: float) -> NDArray[np.uint8]:
     """Scores (H, W) as colours (H, W, 3), RGB: `low` and below is the coldest colour, `high` and above the hottest."""
     scaled = np.clip((scores - low) / max(high - low, 1e-12), 0, 1)
-    return cv2.cvtColor(cv2.applyColorMap((scaled * 255).astype(np.uint8), cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB)
+    coloured = cv2.applyColorMap((scaled * 255).astype(np.uint8), cv2.COLORMAP_TURBO)
+    return cv2.cvtColor(coloured, cv2.COLOR_BGR2RGB).astype(np.uint8)
 
 
 def triptych(

@@ -29,6 +29,11 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=True)[:, 0]
 
 
+def summed(maps: Sequence[Tensor]) -> Tensor:
+    """The sum of maps of one shape."""
+    return torch.stack(list(maps)).sum(0)
+
+
 @torch.no_grad()
 def score_maps(
     latents: Sequence[Tensor], size: int | tuple[int, int], local_log_det: Sequence[Tensor] | None = None
@@ -45,23 +50,18 @@ def score_maps(
         size: side or (height, width) of the result.
         local_log_det: `VQFlowOutput.local_log_det`.
     """
-    size = (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[assignment]
+    size = (size, size) if isinstance(size, int) else size
     levels = [-0.5 * z.float().square().mean(1) for z in latents]
-    resized = [resize_maps(a, size) for a in levels]  # type: ignore[arg-type]
-    log_product = sum(resized)
-    log_product = log_product - log_product.amax((1, 2), keepdim=True)  # type: ignore[union-attr]
-    product = log_product.exp()
-    total = sum(resize_maps((a - a.amax((1, 2), keepdim=True)).exp(), size) for a in levels)  # type: ignore[arg-type]
-    density = sum(resized)
+    density = summed([resize_maps(a, size) for a in levels])
+    product = (density - density.amax((1, 2), keepdim=True)).exp()
+    total = summed([resize_maps((a - a.amax((1, 2), keepdim=True)).exp(), size) for a in levels])
     if local_log_det is not None:
-        density = density + sum(
-            resize_maps(j.float() / z.shape[1], size)  # type: ignore[arg-type]
-            for j, z in zip(local_log_det, latents, strict=True)
-        )
+        pairs = zip(local_log_det, latents, strict=True)
+        density = density + summed([resize_maps(j.float() / z.shape[1], size) for j, z in pairs])
     return ScoreMaps(
         mul=product.amax((1, 2), keepdim=True) - product,
-        add=total.amax((1, 2), keepdim=True) - total,  # type: ignore[union-attr]
-        likelihood=-density,  # type: ignore[operator]
+        add=total.amax((1, 2), keepdim=True) - total,
+        likelihood=-density,
     )
 
 
