@@ -54,7 +54,7 @@ def series_dash(number: int) -> int:
 
 def line_chart(
     lines: Mapping[str, Points], *, order: Sequence[str], labels: tuple[str, str],
-    limits: tuple[float, float] | None = None, marks: bool = False, size: tuple[float, float] = (4.6, 3.4),
+    limits: tuple[float, float] | None = None, marks: bool = False, size: tuple[float, float] = (4.8, 3.1),
 ) -> str:  # fmt: skip
     """Named lines; a line's place in `order` chooses its colour, and is `data-series` of its group in the SVG.
 

@@ -48,6 +48,6 @@ def heat_overlay(image: NDArray[np.uint8], scaled: NDArray) -> NDArray[np.uint8]
     """
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB).astype(float)
     level = np.clip(scaled, 0, 1)
-    opacity = 0.85 * np.sqrt(level)[..., None]
+    opacity = 0.85 * level[..., None] ** 0.6
     colours = ramp()[(level * 255).round().astype(int)]
     return (grey * (1 - opacity) + colours * opacity).round().astype(np.uint8)

@@ -146,7 +146,7 @@ def content(report: Report) -> dict[str, Any]:
 
 def number(value: float) -> str:
     """Four significant digits, - for NaN."""
-    return f"{value:.4g}" if value == value else "-"
+    return f"{value:#.4g}".rstrip(".") if value == value else "-"
 
 
 def data_uri(data: bytes) -> str:
