@@ -84,8 +84,9 @@ def test_test_mode_has_no_training_section(trained: Path, data: Path, tmp_path: 
     folder = run(data, tmp_path, *METHOD, "--mode", "test", "--eval_ckpt", str(trained / "last.pt"))
     page = text(folder)
     assert sections(page) == ["results", "classes", "curves", "scores", "codebooks", "gallery", "settings"]
-    body = page.split('<section id="scores"')[1].split("<section")[0]
-    assert body == text(trained).split('<section id="scores"')[1].split("<section")[0]
+    scores, gallery = (re.compile(f'<section id="{name}".*?</section>', re.DOTALL) for name in ("scores", "gallery"))
+    assert scores.findall(page) == scores.findall(text(trained))
+    assert gallery.findall(page) == gallery.findall(text(trained))
 
 
 def test_single_class_runs(data: Path, tmp_path: Path) -> None:
@@ -257,7 +258,7 @@ def test_browser_sorts(browser: Any, trained: Path) -> None:
     for _ in range(2):  # what is not there stands last in both orders
         column = click(3)
         assert column[-1] == "-" and column.count("-") == 1
-    assert click(6)[1:] == ["-", "-"]
+    assert click(7)[1:] == ["-", "-"]
     rows = "[...document.querySelectorAll('.sortable tbody tr')]"
     browser.execute_script(f"{rows}.forEach((r, i) => {{ r.cells[4].dataset.value = [9, 100, 20][i] }})")
     click(4)
@@ -302,7 +303,7 @@ def test_browser_light_and_dark(browser: Any, trained: Path) -> None:
 @pytest.mark.parametrize("width", [390, 1400])
 def test_browser_fits_the_width(browser: Any, trained: Path, width: int) -> None:
     visit(browser, trained, width=width)
-    assert ask(browser, "document.documentElement.scrollWidth") == width
+    assert ask(browser, "document.documentElement.scrollWidth") <= ask(browser, "innerWidth") == width
     browser.execute_script("document.querySelector('.shot').click()")
     box = ask(browser, "document.getElementById('lightbox').getBoundingClientRect().toJSON()")
     assert box["left"] >= 0 and box["right"] <= width and box["bottom"] <= 800
@@ -314,4 +315,4 @@ def test_browser_brings_a_line_out(browser: Any, trained: Path) -> None:
     opacity = (
         "[...document.querySelectorAll('#curves .series')].map(s => [s.dataset.series, getComputedStyle(s).opacity])"
     )
-    assert {(n == "0", o == "1") for n, o in ask(browser, opacity)} == {(True, True), (False, False)}
+    assert {(n == "1", o == "1") for n, o in ask(browser, opacity)} == {(True, True), (False, False)}

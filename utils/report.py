@@ -128,14 +128,15 @@ def content(report: Report) -> dict[str, Any]:
     """All that the template shows."""
     results = {name: page.result for name, page in report.classes.items()}
     mean = values(mean_results(results))
+    with_curves = [n for n, page in report.classes.items() if len(page.curves.roc.x) + len(page.curves.pro.x)]
     return {
         "report": report, "columns": COLUMNS, "titles": TITLES, "mean": mean, "mean_name": MEAN,
         "headline": [(TITLES[c], mean[c], reference(report.published, c)) for c in COLUMNS],
         "rows": class_rows(report.classes), "missing": missing(results),
         "images": counts(image for page in report.classes.values() for image in page.images),
-        "series": [(n, i % SERIES, series_dash(i)) for i, n in enumerate(report.classes)],
+        "series": legend(report.classes, with_curves),
         "curves": curve_charts(report), "histograms": histograms(report.classes),
-        "models": [(n, i % SERIES, series_dash(i)) for i, n in enumerate(report.training)],
+        "models": legend(report.training, report.training),
         "panels": training_panels(report.training), "books": codebook_rows(report.training),
         "codebook_panels": codebook_panels(report.training), "titles_of_books": CODEBOOKS,
         "concepts": concept_matrix(report.classes), "kinds": gallery.KINDS,
@@ -151,6 +152,11 @@ def number(value: float) -> str:
 
 def data_uri(data: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
+
+
+def legend(order: Iterable[str], shown: Iterable[str]) -> list[tuple[int, str, int, int]]:
+    """Number, name, colour and dash of the lines that are shown."""
+    return [(i, name, i % SERIES, series_dash(i)) for i, name in enumerate(order) if name in shown]
 
 
 def reference(published: Published, metric: str) -> tuple[str, float] | None:
