@@ -78,6 +78,7 @@ def line_chart(
     if marks:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.margins(x=0.06, y=0.12)
+        axes.ticklabel_format(axis="y", useOffset=False)
     return to_svg(figure)
 
 

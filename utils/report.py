@@ -27,6 +27,7 @@ CODEBOOKS = {
     "cspc_top": "patterns, top",
 }  # fmt: skip
 
+Training = Mapping[str, Sequence[Mapping[str, Any]]]  # model -> entries of its metrics.jsonl
 Published = Sequence[tuple[str, Mapping[str, float], str]]  # method, metric -> fraction, note
 
 
@@ -65,7 +66,7 @@ class Report:
 
     name: str
     classes: Mapping[str, ClassPage]
-    training: Mapping[str, Sequence[Mapping[str, Any]]]
+    training: Training
     config: Mapping[str, Mapping[str, Any]]
     published: Published = ()
     shared_model: bool
@@ -216,18 +217,21 @@ def histograms(classes: Mapping[str, ClassPage]) -> list[dict[str, Any]]:
 
 
 def panels(
-    training: Mapping[str, Sequence[Mapping[str, Any]]], wanted: Sequence[tuple[str, tuple[str, ...]]]
+    training: Training, wanted: Sequence[tuple[str, tuple[str, ...]]], factor: float = 1
 ) -> list[tuple[str, Markup]]:
-    """A small chart for each title and path into an entry, with a line per model; those without values are left out."""
+    """A small chart for each title and path into an entry, with a line per model; those without values are left out.
+
+    Values are multiplied by `factor`.
+    """
     made = []
     for title, path in wanted:
         lines: dict[str, Points] = {}
         for model, entries in training.items():
             points = [(e["epoch"], v) for e in entries if (v := lookup(e, path)) is not None]
             if points:
-                lines[model] = ([x for x, _ in points], [y for _, y in points])
+                lines[model] = ([x for x, _ in points], [factor * y for _, y in points])
         if lines:
-            chart = line_chart(lines, order=list(training), labels=("meta epoch", ""), marks=True, size=(3.1, 2))
+            chart = line_chart(lines, order=list(training), labels=("meta epoch", ""), marks=True, size=(3.5, 1.9))
             made.append((title, Markup(chart)))
     return made
 
@@ -239,18 +243,19 @@ def lookup(entry: Any, path: tuple[str, ...]) -> Any:
     return entry
 
 
-def training_panels(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, Markup]]:
+def training_panels(training: Training) -> list[tuple[str, Markup]]:
     """Loss, learning rate and every metric over the meta epochs."""
     wanted = [("Loss, nats per image", ("train", "loss")), ("Learning rate", ("train", "lr"))]
-    return panels(training, wanted + [(TITLES[m], ("test", m)) for m in COLUMNS if m in METRICS])
+    metrics = [(TITLES[m], ("test", m)) for m in COLUMNS if m in METRICS]
+    return panels(training, wanted) + panels(training, metrics, factor=100)
 
 
-def codebook_panels(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, Markup]]:
+def codebook_panels(training: Training) -> list[tuple[str, Markup]]:
     """Perplexity of each codebook over the meta epochs."""
     return panels(training, [(title, ("codebooks", key, "perplexity")) for key, title in CODEBOOKS.items()])
 
 
-def codebook_rows(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+def codebook_rows(training: Training) -> list[tuple[str, dict[str, Any]]]:
     """Each model's codebooks after the last meta epoch: `perplexity` and `used`."""
     return [(m, entries[-1]["codebooks"]) for m, entries in training.items() if entries and entries[-1]["codebooks"]]
 
