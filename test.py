@@ -179,7 +179,7 @@ def look_at(stage: Stage, model: VQFlow, dataset: ImageFolder) -> Look:
     def look(numbers: Sequence[int]) -> Views:
         samples = [dataset[n] for n in numbers]
         features = stage.extract(torch.stack([sample.image for sample in samples]).to(stage.device))
-        maps = predict(model, features, dataset.input_size)
+        maps = predict(model, features, dataset.input_size, amp=stage.config.train.amp_enable)
         return Views(
             images=np.stack([denormalize(sample.image) for sample in samples]),
             masks=torch.stack([sample.mask for sample in samples]).numpy(),
