@@ -206,6 +206,7 @@ class EvalConfig(Part):
     top_k: float = option(0.03, "share of the highest pixels whose mean is the image score", low=1e-6, high=1.0)
     fpr_limit: float = option(0.3, "false-positive rate up to which AUPRO is integrated", low=1e-4, high=1.0)
     pictures: int = option(4, "pictures per class and kind of defect (image, score map, mask)", low=0)
+    report: bool = option(True, "write report.html into the run folder")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,11 +24,13 @@ from datasets.transforms import denormalize
 from default import Config, EvalConfig, ModelConfig, UsageError, from_dict, make_config, to_dict
 from models.extractor import FrozenExtractor
 from models.official import is_official, load_official, load_strictly
-from models.vqflow import VQFlow, pool_features
+from models.vqflow import VQFlow, VQFlowOutput, pool_features
 from utils.checkpoint import FORMAT, read_checkpoint
 from utils.device import autocast, resolve_device
+from utils.gallery import ImageResult, Look, Views, calibrate
 from utils.metrics import ClassAccumulator, ClassResult, mean_results
 from utils.plots import save_picture, triptych
+from utils.report import ClassPage, Curves, class_page, curves_of, report_run
 from utils.runs import check_writable, new_run
 from utils.scoring import ScoreMaps, image_scores, score_maps
 from utils.seed import seed_everything
@@ -38,22 +40,13 @@ Source = LiveFeatures | CachedFeatures
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageResult:
-    """One test image: its file, class, label and image score."""
-
-    path: str
-    class_name: str
-    label: int
-    score: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Seven metrics per class and their mean, and every image's score."""
+    """Seven metrics per class and their mean, every image's score, and each class's curves."""
 
     classes: dict[str, ClassResult]
     mean: ClassResult
     images: tuple[ImageResult, ...]
+    curves: dict[str, Curves]
 
 
 class Stage:
@@ -120,10 +113,15 @@ class Stage:
 
 
 @torch.no_grad()
+def forward(model: VQFlow, features: Sequence[Tensor], *, amp: bool = False) -> VQFlowOutput:
+    """What the model says of pooled feature levels."""
+    with autocast(features[0].device, amp):
+        return model.forward_pooled(features)
+
+
 def predict(model: VQFlow, features: Sequence[Tensor], size: int, *, amp: bool = False) -> ScoreMaps:
     """Maps (B, size, size) of pooled feature levels."""
-    with autocast(features[0].device, amp):
-        output = model.forward_pooled(features)
+    output = forward(model, features, amp=amp)
     return score_maps(output.latents, size, output.local_log_det)
 
 
@@ -147,22 +145,24 @@ def evaluate(
     accumulators = {name: ClassAccumulator(fpr_limit=config.fpr_limit) for name in class_names}
     images: list[ImageResult] = []
     for batch in batches:
-        maps = predict(model, batch.features, size, amp=amp)
+        output = forward(model, batch.features, amp=amp)
+        maps = score_maps(output.latents, size, output.local_log_det)
         scores = image_scores(getattr(maps, config.image_score), config.top_k)
-        for index, rows in by_class(batch.class_index):
+        for index, own in by_class(batch.class_index):
             accumulators[class_names[index]].update(
-                labels=batch.label[rows], scores=scores[rows], masks=batch.mask[rows],
-                maps=getattr(maps, config.pixel_score)[rows], pro_maps=getattr(maps, config.pro_score)[rows],
+                labels=batch.label[own], scores=scores[own], masks=batch.mask[own],
+                maps=getattr(maps, config.pixel_score)[own], pro_maps=getattr(maps, config.pro_score)[own],
             )  # fmt: skip
+        concepts = [None] * len(scores) if output.concept is None else output.concept.tolist()
+        rows = zip(batch.path, batch.class_index.tolist(), batch.label.tolist(), scores.tolist(), concepts, strict=True)
         images += [
-            ImageResult(path=path, class_name=class_names[c], label=label, score=score)
-            for path, c, label, score in zip(
-                batch.path, batch.class_index.tolist(), batch.label.tolist(), scores.tolist(), strict=True
-            )
+            ImageResult(path=path, class_name=class_names[c], label=label, score=score, concept=concept)
+            for path, c, label, score, concept in rows
         ]
     model.train(was_training)
     classes = {name: accumulator.compute() for name, accumulator in accumulators.items()}
-    return EvalResult(classes=classes, mean=mean_results(classes), images=tuple(images))
+    curves = {name: curves_of(accumulator) for name, accumulator in accumulators.items()}
+    return EvalResult(classes=classes, mean=mean_results(classes), images=tuple(images), curves=curves)
 
 
 def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -171,13 +171,56 @@ def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield index, (class_index == index).nonzero().flatten()
 
 
+def look_at(stage: Stage, model: VQFlow, dataset: ImageFolder) -> Look:
+    """Shows images of a data set by their numbers, with what the model, put into eval mode, says of them."""
+    config = stage.config.eval
+    model.eval()
+
+    def look(numbers: Sequence[int]) -> Views:
+        samples = [dataset[n] for n in numbers]
+        features = stage.extract(torch.stack([sample.image for sample in samples]).to(stage.device))
+        maps = predict(model, features, dataset.input_size, amp=stage.config.train.amp_enable)
+        return Views(
+            images=np.stack([denormalize(sample.image) for sample in samples]),
+            masks=torch.stack([sample.mask for sample in samples]).numpy(),
+            maps=maps,
+            scores=image_scores(getattr(maps, config.image_score), config.top_k).cpu().numpy(),
+        )
+
+    return look
+
+
+def report_pages(
+    stage: Stage, model: VQFlow, datasets: tuple[ImageFolder, ImageFolder], result: EvalResult, share: int
+) -> dict[str, ClassPage]:
+    """What the report says of the classes of `result`; nothing with --no-report.
+
+    Args:
+        datasets: training images, which calibrate, and the test images that were evaluated.
+        share: classes in the whole report.
+    """
+    if not stage.config.eval.report:
+        return {}
+    train, test = (look_at(stage, model, dataset) for dataset in datasets)
+    normal = [
+        [n for n, item in enumerate(datasets[0].items) if item.class_index == i] for i in range(len(result.classes))
+    ]
+    return {
+        name: class_page(
+            result=outcome, curves=result.curves[name], calibration=calibrate(train, numbers), look=test, share=share,
+            images={n: image for n, image in enumerate(result.images) if image.class_name == name},
+        )
+        for (name, outcome), numbers in zip(result.classes.items(), normal, strict=True)
+    }  # fmt: skip
+
+
 def save_pictures(stage: Stage, model: VQFlow, dataset: ImageFolder, class_names: Sequence[str], folder: Path) -> int:
     """Image, score map and mask side by side, the first few of each class and kind; how many were written.
 
     One colour scale per class: from the median of its good images to the highest value shown.
     """
     config = stage.config.eval
-    model.eval()
+    look = look_at(stage, model, dataset)
     chosen: dict[int, dict[str, list[int]]] = {}
     for number, item in enumerate(dataset.items):
         kinds = chosen.setdefault(item.class_index, {}).setdefault(item.kind, [])
@@ -188,28 +231,32 @@ def save_pictures(stage: Stage, model: VQFlow, dataset: ImageFolder, class_names
         numbers = [n for group in by_kind.values() for n in group]
         if not numbers:
             continue
-        samples = [dataset[n] for n in numbers]
-        images = torch.stack([sample.image for sample in samples])
-        maps = predict(model, stage.extract(images.to(stage.device)), dataset.input_size)
-        scores = getattr(maps, config.pixel_score).cpu().numpy()
+        views = look(numbers)
+        scores = getattr(views.maps, config.pixel_score).cpu().numpy()
         good = np.array([dataset.items[n].label == 0 for n in numbers])
         low, high = float(np.median(scores[good] if good.any() else scores)), float(scores.max())
-        for number, sample, score in zip(numbers, samples, scores, strict=True):
+        for number, image, mask, score in zip(numbers, views.images, views.masks, scores, strict=True):
             item = dataset.items[number]
-            picture = triptych(denormalize(sample.image), score, sample.mask.numpy(), low=low, high=high)
+            picture = triptych(image, score, mask, low=low, high=high)
             save_picture(folder / class_names[index] / f"{item.kind}_{item.path.stem}.jpg", picture)
             count += 1
     return count
 
 
 def finish(
-    folder: Path, config: Config, classes: dict[str, ClassResult], best: dict[str, dict[str, float]] | None
+    folder: Path,
+    config: Config,
+    classes: dict[str, ClassResult],
+    best: dict[str, dict[str, float]] | None,
+    pages: dict[str, ClassPage],
 ) -> None:
-    """Write the tables into the run folder and show them."""
+    """Write the tables into the run folder and show them; write the report of `pages` if there are any."""
     write_tables(folder, classes, best_on_test=best, config=to_dict(config))
     print(format_table(classes, best_on_test=best))
     scores = f"image {config.eval.image_score}, pixel {config.eval.pixel_score}, AUPRO {config.eval.pro_score}"
     print(f"scores: {scores}; size {config.data.input_size}; last epoch\nrun folder: {folder}")
+    if pages:
+        print(f"report: {report_run(folder, pages, to_dict(config), shared_model=config.data.multi_class)}")
 
 
 def run_test(config: Config, chosen: dict[str, Any]) -> None:
@@ -222,21 +269,24 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
     assert config.eval.eval_ckpt is not None
     folder: Path | None = None
     classes: dict[str, ClassResult] = {}
-    for path in find_checkpoints(Path(config.eval.eval_ckpt)):
+    pages: dict[str, ClassPage] = {}
+    paths = find_checkpoints(Path(config.eval.eval_ckpt))
+    for path in paths:
         content = read_checkpoint(path)
         own = settled_config(content, config, chosen, str(path))
         class_names = resolve_classes(own.data)
-        dataset = build_datasets(own.data, class_names)[1]
+        datasets = build_datasets(own.data, class_names)
         stage = Stage(own)
         model = load_model(content, stage, str(path))
-        source = stage.test_features(dataset)
+        source = stage.test_features(datasets[1])
         batches = tqdm(source.epoch(0), total=len(source), desc="evaluation", leave=False)
         result = evaluate(model, batches, class_names, own.eval, size=own.data.input_size, amp=own.train.amp_enable)
         folder = folder or new_run(own)
         classes |= result.classes
-        save_pictures(stage, model, dataset, class_names, folder / "pictures")
+        save_pictures(stage, model, datasets[1], class_names, folder / "pictures")
+        pages |= report_pages(stage, model, datasets, result, len(class_names) * len(paths))
     assert folder is not None
-    finish(folder, own, classes, None)
+    finish(folder, own, classes, None, pages)
 
 
 def find_checkpoints(path: Path) -> list[Path]:

@@ -18,11 +18,12 @@ from datasets.folder import ImageFolder
 from default import Config, TrainConfig, UsageError, to_dict
 from models.loss import loss_terms
 from models.vqflow import VQFlow
-from test import EvalResult, Source, Stage, evaluate, finish, save_pictures
+from test import EvalResult, Source, Stage, evaluate, finish, report_pages, save_pictures
 from utils.checkpoint import read_checkpoint, write_checkpoint
 from utils.device import autocast
 from utils.log import RunLog, optional
 from utils.metrics import ClassResult
+from utils.report import ClassPage
 from utils.runs import new_run, resumed_run, write_config
 from utils.schedule import learning_rate
 from utils.seed import random_state, restore_random_state
@@ -230,18 +231,20 @@ def run_training(config: Config) -> None:
     write_config(folder, config)
     print(f"{len(class_names)} classes, {sum(len(t) for t, _ in prepared)} training images; run folder: {folder}")
     classes: dict[str, ClassResult] = {}
+    pages: dict[str, ClassPage] = {}
     best: dict[str, dict[str, float]] | None = None
-    for group, (_, test_set), source in zip(groups, prepared, sources, strict=True):
+    for group, datasets, source in zip(groups, prepared, sources, strict=True):
         own = folder if config.data.multi_class else folder / group[0]
         own.mkdir(exist_ok=True)
         if not config.data.multi_class:
             print(f"class {group[0]}")
         model = stage.build_model()
-        fitted = fit_group(stage, model, group, source, test_set, own)
+        fitted = fit_group(stage, model, group, source, datasets[1], own)
         classes |= fitted.last.classes
         best = fitted.best_on_test if config.data.multi_class else None
-        save_pictures(stage, model, test_set, group, folder / "pictures")
-    finish(folder, config, classes, best)
+        save_pictures(stage, model, datasets[1], group, folder / "pictures")
+        pages |= report_pages(stage, model, datasets, fitted.last, len(class_names))
+    finish(folder, config, classes, best, pages)
 
 
 def fit_group(

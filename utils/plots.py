@@ -32,3 +32,22 @@ def save_picture(path: Path, picture: NDArray[np.uint8]) -> None:
     """Write RGB (H, W, 3); the format follows the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes())
+
+
+def ramp() -> NDArray[np.uint8]:
+    """256 colours (256, 3), RGB, from pale yellow to dark red: those of `heat_overlay`."""
+    stops = np.array([[255, 237, 120], [254, 178, 76], [240, 80, 36], [189, 0, 38], [110, 0, 48]], float)
+    place = np.linspace(0, len(stops) - 1, 256)
+    return np.stack([np.interp(place, range(len(stops)), stops[:, c]) for c in range(3)], 1).round().astype(np.uint8)
+
+
+def heat_overlay(image: NDArray[np.uint8], scaled: NDArray) -> NDArray[np.uint8]:
+    """An RGB image (H, W, 3) in grey, coloured where `scaled` (H, W) is above 0; 1 and above is the hottest colour.
+
+    A clean image stays grey: what is not above 0 has no colour at all.
+    """
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB).astype(float)
+    level = np.clip(scaled, 0, 1)
+    opacity = 0.85 * level[..., None] ** 0.6
+    colours = ramp()[(level * 255).round().astype(int)]
+    return (grey * (1 - opacity) + colours * opacity).round().astype(np.uint8)

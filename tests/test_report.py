@@ -1,0 +1,318 @@
+"""The report: made by the real command line, complete, small, and working in a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from default import make_config, to_dict
+from fake_data import METHOD, TINY, make_mvtec
+from main import main
+from utils import gallery
+from utils.charts import thinned
+from utils.gallery import Calibration, ImageResult, Views, calibrate, f1_threshold, jpeg, outline, pick, spread
+from utils.metrics import NAN, ClassResult, Curve, evaluate_maps
+from utils.plots import heat_overlay
+from utils.report import ClassPage, Curves, Report, class_page, concept_matrix, write_report
+from utils.scoring import ScoreMaps
+
+CLASSES = ("clean", "nut & bolt", "unmasked")  # the first one has no defects, the third one no masks
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_mvtec(tmp_path_factory.mktemp("data"), CLASSES, bad=4)
+    for kind in ("broken", "scratch"):
+        shutil.rmtree(root / "clean" / "test" / kind)
+    shutil.rmtree(root / "unmasked" / "ground_truth")
+    return root
+
+
+def run(data: Path, work: Path, *flags: str) -> Path:
+    """A run by the command line; its folder."""
+    before = set(work.iterdir()) if work.is_dir() else set()
+    assert main(["--dataset", "folder", "--data-path", str(data), "--work-dir", str(work), *TINY, *flags]) == 0
+    return next(p for p in set(work.iterdir()) - before if (p / "results.json").is_file())
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a multi-class run of two meta epochs."""
+    return run(data, tmp_path_factory.mktemp("runs"), *METHOD, "--meta-epochs", "2")
+
+
+def text(folder: Path) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def sections(page: str) -> list[str]:
+    return re.findall(r'<section id="(\w+)"', page)
+
+
+def test_report_of_a_training_is_complete(trained: Path) -> None:
+    page = text(trained)
+    assert sections(page) == ["results", "classes", "curves", "scores", "training", "codebooks", "gallery", "settings"]
+    assert not re.search(r"""(src|href)=["'](?!data:|#)|@import|url\(|https?://(?!www\.w3\.org)""", page)
+    assert "nut & bolt" not in page
+    rows = re.findall(r'<tr><th scope="row" data-value="([^"]*)">.*?</tr>', page, re.DOTALL)
+    assert rows == ["clean", "nut &amp; bolt", "unmasked"]
+    assert page.count('class="series"') > 9 and page.count("Perplexity") >= 1
+    assert "AUPRO: without a value for clean, unmasked" in page
+
+
+def test_gallery_of_classes_without_defects_or_masks(trained: Path) -> None:
+    articles = [a.split("</article>")[0] for a in text(trained).split("<article")[1:]]
+    kinds = [re.findall(r'data-kind="(\w+)"', article) for article in articles]
+    assert kinds == [["alarms"], ["alarms", "misses", "finds"], ["alarms", "misses", "finds"]]
+    assert [article.count('class="shot"') for article in articles] == [3, 9, 9]
+    assert [article.count('class="outline"') for article in articles] == [0, 6, 0]
+
+
+def test_size_for_fifteen_classes(trained: Path) -> None:
+    assert (trained / "report.html").stat().st_size / len(CLASSES) * 15 < 10_000_000
+
+
+def test_test_mode_has_no_training_section(trained: Path, data: Path, tmp_path: Path) -> None:
+    folder = run(data, tmp_path, *METHOD, "--mode", "test", "--eval_ckpt", str(trained / "last.pt"))
+    page = text(folder)
+    assert sections(page) == ["results", "classes", "curves", "scores", "codebooks", "gallery", "settings"]
+    scores, gallery = (re.compile(f'<section id="{name}".*?</section>', re.DOTALL) for name in ("scores", "gallery"))
+    assert scores.findall(page) == scores.findall(text(trained))
+    assert gallery.findall(page) == gallery.findall(text(trained))
+
+
+def test_single_class_runs(data: Path, tmp_path: Path) -> None:
+    """A model each, without codebooks; then all checkpoints of the run folder."""
+    folder = run(data, tmp_path, "--class-names", "clean", "nut & bolt")
+    page = text(folder)
+    assert "a model each" in page
+    assert sections(page) == ["results", "classes", "curves", "scores", "training", "gallery", "settings"]
+    training = page.split('id="training"')[1].split("</section>")[0]
+    assert {*re.findall(r'data-series="(\d)"', training)} == {"0", "1"}
+    again = text(run(data, tmp_path / "again", "--mode", "test", "--eval_ckpt", str(folder)))
+    assert again.split('id="gallery"')[1].split("settings")[0] == page.split('id="gallery"')[1].split("settings")[0]
+
+
+def test_no_report(data: Path, tmp_path: Path) -> None:
+    assert not (run(data, tmp_path, "--class-names", "clean", "--no-report") / "report.html").exists()
+
+
+def noise(numbers: Any) -> Views:
+    """Pictures that do not compress."""
+    rng, count, side = np.random.default_rng(numbers[0]), len(numbers), gallery.SIDE
+    maps = torch.from_numpy(rng.normal(size=(count, side, side)))
+    return Views(
+        images=rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8), masks=maps.numpy() > 2.5,
+        maps=ScoreMaps(mul=maps, add=maps, likelihood=maps), scores=rng.normal(size=count),
+    )  # fmt: skip
+
+
+def page_of_noise(share: int) -> ClassPage:
+    images = {
+        n: ImageResult(path=f"d/{n}.png", class_name="c", label=n % 2, score=float(n), concept=n) for n in range(12)
+    }
+    curve = Curve(x=np.linspace(0, 1, 5), y=np.linspace(0, 1, 5))
+    return class_page(
+        result=ClassResult(**dict.fromkeys(ClassResult.__dataclass_fields__, 0.5)), curves=Curves(roc=curve, pro=curve),
+        images=images, calibration=calibrate(noise, range(40)), look=noise, share=share,
+    )  # fmt: skip
+
+
+def test_fifteen_classes_of_noise_stay_below_the_limit_and_names_are_escaped(tmp_path: Path) -> None:
+    page, evil = page_of_noise(15), "<script>alert(1)</script>"
+    report = Report(
+        name=evil, classes={f"{evil}{i}": page for i in range(15)}, training={}, config=to_dict(make_config()),
+        published=[("<i>other</i>", {"image_auroc": 0.987, "mad": NAN}, "at 224 px & cropped")], shared_model=True,
+    )  # fmt: skip
+    write_report(tmp_path / "report.html", report)
+    content = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 2_000_000 < len(content) < 10_000_000
+    assert "<script>alert" not in content and "<i>other" not in content
+    assert "&lt;i&gt;other&lt;/i&gt; 98.7" in content and "at 224 px &amp; cropped" in content
+
+
+def test_concepts_are_counted_and_many_are_cut() -> None:
+    page = page_of_noise(1)
+    assert concept_matrix({"a": page}) == {
+        "columns": list(range(12)), "rows": [("a", [(1, 1 / 12)] * 12)], "left_out": 0,
+    }  # fmt: skip
+    many = replace(page, images=[replace(page.images[0], concept=k) for k in [*range(70), 69]])
+    matrix = concept_matrix({"a": many})
+    assert matrix is not None and matrix["left_out"] == 6 and matrix["columns"][-1] == 69
+    assert concept_matrix({"a": replace(page, images=[replace(page.images[0], concept=None)])}) is None
+
+
+def test_a_clean_image_stays_grey() -> None:
+    """What lies below the high end of normal has no colour, whatever the image's own maximum is."""
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    normal = Calibration(low=2.0, high=4.0, threshold=0.0, count=1)
+    maps = np.linspace(0, 4, 64).reshape(8, 8)
+    clean = heat_overlay(image, normal.scaled(maps) - 1)
+    assert (clean == clean[..., :1]).all()
+    marked = heat_overlay(image, normal.scaled(maps + np.eye(8) * 9) - 1)
+    assert ((marked != clean).any(-1) == np.eye(8, dtype=bool)).all()
+
+
+def test_choosing_pictures() -> None:
+    labels, scores = [0, 1, 0, 1, 1, 0, 0, 1], [0.1, 0.2, 0.9, 0.8, 0.3, 0.4, 0.5, 0.7]
+    assert pick(labels, scores) == {"alarms": [2, 6, 5], "misses": [1, 4], "finds": [3, 7]}
+    assert pick([1], [0.5]) == {"alarms": [], "misses": [], "finds": [0]}
+    assert spread(range(100), 4) == [0, 25, 50, 75] and spread([3, 5], 4) == [3, 5]
+
+
+def test_f1_threshold_reaches_the_metric() -> None:
+    rng = np.random.default_rng(3)
+    labels, scores = rng.integers(0, 2, 60), rng.normal(size=60).round(1)
+    cut = f1_threshold(scores[labels == 0].tolist(), scores[labels == 1].tolist())
+    alarmed = scores >= cut
+    f1 = 2 * (alarmed & (labels == 1)).sum() / (alarmed.sum() + labels.sum())
+    zeros = np.zeros((60, 2, 2))
+    assert f1 == pytest.approx(evaluate_maps(labels, scores, zeros, zeros).image_f1max)
+    assert np.isnan(f1_threshold([1.0], []))
+
+
+def test_outlines_and_thumbnails() -> None:
+    mask = np.zeros((40, 40), bool)
+    mask[10:20, 5:15] = True
+    assert outline(mask) == "M5.5,10.5 5.5,19.5 14.5,19.5 14.5,10.5Z"
+    assert outline(mask & False) == ""
+    picture = np.random.default_rng(0).integers(0, 256, (500, 500, 3), dtype=np.uint8)
+    assert len(jpeg(picture, 5000)) <= 5000 < len(jpeg(picture, 50_000)) <= 50_000
+
+
+def test_thinned_curves_keep_their_shape_and_end_at_the_limit() -> None:
+    x = np.linspace(0, 1, 5000) ** 3
+    curve = thinned(Curve(x=x, y=np.sqrt(x)), 0.3)
+    assert len(curve.x) <= 200 and curve.x[0] == 0 and curve.x[-1] == 0.3
+    assert np.abs(np.interp(x[x < 0.3], curve.x, curve.y) - np.sqrt(x[x < 0.3])).max() < 0.01
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium with an empty profile."""
+    found = [next((p for n in names if (p := shutil.which(n))), None) for names in (CHROMIUM, ("chromedriver",))]
+    if None in found:
+        pytest.skip("no Chromium with its chromedriver is installed here")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = found[0]
+    for flag in FLAGS:
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(found[1]))
+    yield driver
+    driver.quit()
+
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+    "disable-component-update", "disable-sync", "disable-dev-shm-usage",
+)  # fmt: skip
+
+
+def visit(browser: Any, folder: Path, *, width: int = 1400, scheme: str = "light") -> None:
+    wanted = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wanted})
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get((folder / "report.html").as_uri())
+    browser.execute_script("localStorage.clear()")
+    browser.refresh()
+
+
+def ask(browser: Any, expression: str) -> Any:
+    return browser.execute_script(f"return {expression}")
+
+
+def test_browser_shows_every_image_without_errors(browser: Any, trained: Path) -> None:
+    visit(browser, trained)
+    assert browser.get_log("browser") == []
+    widths = ask(browser, "[...document.images].map(i => i.complete && i.naturalWidth)")
+    assert len(widths) == 2 * 21 and min(widths) == 64
+    charts = ask(browser, "[...document.querySelectorAll('.chart > svg')].map(s => s.getBoundingClientRect().height)")
+    assert len(charts) == 2 + 3 + 9 + 5 and min(charts) > 80
+
+
+def test_browser_sorts(browser: Any, trained: Path) -> None:
+    visit(browser, trained)
+
+    def click(column: int) -> list[str]:
+        browser.find_elements("css selector", ".sortable thead button")[column].click()
+        return ask(
+            browser, f"[...document.querySelectorAll('.sortable tbody tr')].map(r => r.cells[{column}].textContent)"
+        )
+
+    assert click(0) == sorted(CLASSES) and click(0) == sorted(CLASSES, reverse=True)
+    assert click(2) == ["8", "8", "0"] and click(2) == ["0", "8", "8"]
+    assert ask(browser, "document.querySelectorAll('.sortable th')[2].ariaSort") == "ascending"
+    for _ in range(2):  # what is not there stands last in both orders
+        column = click(3)
+        assert column[-1] == "-" and column.count("-") == 1
+    assert click(7)[1:] == ["-", "-"]
+    rows = "[...document.querySelectorAll('.sortable tbody tr')]"
+    browser.execute_script(f"{rows}.forEach((r, i) => {{ r.cells[4].dataset.value = [9, 100, 20][i] }})")
+    click(4)
+    assert ask(browser, f"{rows}.map(r => r.cells[4].dataset.value)") == ["100", "20", "9"]  # by value, not by text
+
+
+def test_browser_enlarges(browser: Any, trained: Path) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    def press(key: str) -> str:
+        ActionChains(browser).send_keys(key).perform()
+        return ask(browser, "document.querySelector('#large img').src")
+
+    visit(browser, trained)
+    sources = ask(browser, "[...document.querySelectorAll('.shot img:first-child')].map(i => i.src)")[::2]
+    assert not ask(browser, "document.getElementById('lightbox').open")
+    browser.find_element("css selector", ".shot").click()
+    assert ask(browser, "document.getElementById('lightbox').open")
+    assert ask(browser, "document.querySelector('#large img').getBoundingClientRect().width") > 300
+    assert ask(browser, "document.getElementById('place').textContent") == "clean · Worst false alarms"
+    assert press(Keys.ARROW_RIGHT) == sources[1] and press(Keys.ARROW_LEFT) == sources[0]
+    assert press(Keys.ARROW_LEFT) == sources[-1]
+    press(Keys.ESCAPE)
+    assert not ask(browser, "document.getElementById('lightbox').open")
+    assert browser.get_log("browser") == []
+
+
+def test_browser_light_and_dark(browser: Any, trained: Path) -> None:
+    def brightness() -> int:
+        return int(re.findall(r"\d+", ask(browser, "getComputedStyle(document.body).backgroundColor"))[0])
+
+    for scheme, dark in (("light", False), ("dark", True)):
+        visit(browser, trained, scheme=scheme)
+        assert (brightness() < 60) == dark
+        browser.find_element("id", "theme").click()
+        assert (brightness() < 60) != dark
+        ink = ask(browser, "getComputedStyle(document.querySelector('.chart text')).fill")
+        assert (int(re.findall(r"\d+", ink)[0]) > 128) != dark
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_browser_fits_the_width(browser: Any, trained: Path, width: int) -> None:
+    visit(browser, trained, width=width)
+    assert ask(browser, "document.documentElement.scrollWidth") <= ask(browser, "innerWidth") == width
+    browser.execute_script("document.querySelector('.shot').click()")
+    box = ask(browser, "document.getElementById('lightbox').getBoundingClientRect().toJSON()")
+    assert box["left"] >= 0 and box["right"] <= width and box["bottom"] <= 800
+
+
+def test_browser_brings_a_line_out(browser: Any, trained: Path) -> None:
+    visit(browser, trained)
+    browser.execute_script("document.querySelector('#curves .legend button').click()")
+    opacity = (
+        "[...document.querySelectorAll('#curves .series')].map(s => [s.dataset.series, getComputedStyle(s).opacity])"
+    )
+    assert {(n == "1", o == "1") for n, o in ask(browser, opacity)} == {(True, True), (False, False)}

@@ -1,0 +1,271 @@
+"""report.html: one file with everything to look at after an evaluation. Knows neither models nor data sets."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from utils import gallery
+from utils.charts import SERIES, Points, histogram, line_chart, series_dash, thinned
+from utils.gallery import Calibration, ImageResult, Look, Picture, f1_threshold, pick, take_pictures
+from utils.log import read_lines
+from utils.metrics import METRICS, NAN, ClassAccumulator, ClassResult, Curve, mean_results
+from utils.plots import ramp
+from utils.tables import COLUMNS, MEAN, TITLES, percent, values
+
+PAGE = Path(__file__).parent / "report_page"
+MOST_CONCEPTS = 64  # columns of the concept matrix
+CODEBOOKS = {
+    "cpc": "concepts", "cspc_0": "patterns, level 1", "cspc_1": "patterns, level 2", "cspc_2": "patterns, level 3",
+    "cspc_top": "patterns, top",
+}  # fmt: skip
+
+Training = Mapping[str, Sequence[Mapping[str, Any]]]  # model -> entries of its metrics.jsonl
+Published = Sequence[tuple[str, Mapping[str, float], str]]  # method, metric -> fraction, note
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Of a class: ROC curve of its images, and PRO curve up to AUPRO's limit."""
+
+    roc: Curve
+    pro: Curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassPage:
+    """What the report says of one class: its metrics, test images and curves, what is normal in it, and pictures by
+    `gallery.KINDS`."""
+
+    result: ClassResult
+    images: Sequence[ImageResult]
+    curves: Curves
+    calibration: Calibration
+    pictures: Mapping[str, Sequence[Picture]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A run.
+
+    Attributes:
+        name: of the run.
+        classes: by name, in the tables' order.
+        training: entries of metrics.jsonl by model, empty where there was no training: one model, or one per class.
+        config: nested plain values.
+        published: numbers of others on the same data set.
+        shared_model: one model for all classes, so that their concepts are the same.
+    """
+
+    name: str
+    classes: Mapping[str, ClassPage]
+    training: Training
+    config: Mapping[str, Mapping[str, Any]]
+    published: Published = ()
+    shared_model: bool
+
+
+def curves_of(accumulator: ClassAccumulator) -> Curves:
+    return Curves(roc=thinned(accumulator.roc_curve()), pro=thinned(accumulator.pro_curve(), accumulator.fpr_limit))
+
+
+def class_page(
+    *, result: ClassResult, curves: Curves, images: Mapping[int, ImageResult], calibration: Calibration, look: Look,
+    share: int,
+) -> ClassPage:  # fmt: skip
+    """Choose a class's pictures and take them.
+
+    Args:
+        images: its test images by their numbers in the data set, which `look` shows.
+        share: classes in the whole report, which share the bytes of its pictures.
+    """
+    numbers = list(images)
+    places = pick([i.label for i in images.values()], [i.score for i in images.values()])
+    chosen = {kind: {numbers[i]: images[numbers[i]] for i in found} for kind, found in places.items()}
+    pictures = {kind: take_pictures(look, found, calibration, share) for kind, found in chosen.items()}
+    return ClassPage(
+        result=result, images=tuple(images.values()), curves=curves, calibration=calibration, pictures=pictures
+    )
+
+
+def report_run(
+    folder: Path,
+    pages: Mapping[str, ClassPage],
+    config: Mapping[str, Mapping[str, Any]],
+    *,
+    shared_model: bool,
+    published: Published = (),
+) -> Path:
+    """Write report.html into a run folder, with the training that metrics.jsonl tells of; its path."""
+    places = {"all classes": folder} if shared_model else {name: folder / name for name in pages}
+    training = {name: lines for name, place in places.items() if (lines := read_lines(place / "metrics.jsonl"))}
+    path = folder / "report.html"
+    report = Report(
+        name=folder.name, classes=pages, training=training, config=config, published=published,
+        shared_model=shared_model,
+    )  # fmt: skip
+    write_report(path, report)
+    return path
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the report as one HTML file that refers to no other file."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGE, encoding="utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters |= {"percent": percent, "number": number, "jpeg": data_uri}
+    path.write_text(environment.get_template("report.html").render(content(report)), encoding="utf-8")
+
+
+def content(report: Report) -> dict[str, Any]:
+    """All that the template shows."""
+    results = {name: page.result for name, page in report.classes.items()}
+    mean = values(mean_results(results))
+    with_curves = [n for n, page in report.classes.items() if len(page.curves.roc.x) + len(page.curves.pro.x)]
+    return {
+        "report": report, "columns": COLUMNS, "titles": TITLES, "mean": mean, "mean_name": MEAN,
+        "headline": [(TITLES[c], mean[c], reference(report.published, c)) for c in COLUMNS],
+        "rows": class_rows(report.classes), "missing": missing(results),
+        "images": counts(image for page in report.classes.values() for image in page.images),
+        "series": legend(report.classes, with_curves),
+        "curves": curve_charts(report), "histograms": histograms(report.classes),
+        "models": legend(report.training, report.training),
+        "panels": training_panels(report.training), "books": codebook_rows(report.training),
+        "codebook_panels": codebook_panels(report.training), "titles_of_books": CODEBOOKS,
+        "concepts": concept_matrix(report.classes), "kinds": gallery.KINDS,
+        "scale": {"hot": gallery.HOT, "quantile": gallery.PIXEL_QUANTILE, "stops": ramp()[::51].tolist()},
+        "quantile": gallery.QUANTILE, "calibrated": max(p.calibration.count for p in report.classes.values()),
+    }  # fmt: skip
+
+
+def number(value: float) -> str:
+    """Four significant digits, - for NaN."""
+    return f"{value:#.4g}".rstrip(".") if value == value else "-"
+
+
+def data_uri(data: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
+
+
+def legend(order: Iterable[str], shown: Iterable[str]) -> list[tuple[int, str, int, int]]:
+    """Number, name, colour and dash of the lines that are shown."""
+    return [(i, name, i % SERIES, series_dash(i)) for i, name in enumerate(order) if name in shown]
+
+
+def reference(published: Published, metric: str) -> tuple[str, float] | None:
+    """The first of the published rows that has this metric: method and value."""
+    return next(((name, row[metric]) for name, row, _ in published if row.get(metric) is not None), None)
+
+
+def counts(images: Iterable[ImageResult]) -> dict[str, int]:
+    labels = [image.label for image in images]
+    return {"good": labels.count(0), "defective": len(labels) - labels.count(0)}
+
+
+def class_rows(classes: Mapping[str, ClassPage]) -> list[dict[str, Any]]:
+    """Rows of the per-class table; `lowest` names the metrics in which no class is lower."""
+    table = {name: values(page.result) for name, page in classes.items()}
+    low = {c: min((row[c] for row in table.values() if row[c] == row[c]), default=NAN) for c in COLUMNS}
+    return [
+        {
+            "name": name, "counts": counts(page.images), "values": table[name],
+            "lowest": {c for c in COLUMNS if len(table) > 1 and table[name][c] == low[c]},
+        }
+        for name, page in classes.items()
+    ]  # fmt: skip
+
+
+def missing(results: Mapping[str, ClassResult]) -> list[tuple[str, str]]:
+    """Metrics that some classes do not have, and those classes' names."""
+    gaps = [(TITLES[m], [n for n, r in results.items() if getattr(r, m) != getattr(r, m)]) for m in METRICS]
+    return [(title, ", ".join(names)) for title, names in gaps if names]
+
+
+def curve_charts(report: Report) -> dict[str, Markup]:
+    """ROC and PRO curves of all classes."""
+    order, limit = list(report.classes), report.config["eval"]["fpr_limit"]
+    curves = {name: page.curves for name, page in report.classes.items()}
+    roc = {n: (c.roc.x, c.roc.y) for n, c in curves.items() if len(c.roc.x)}
+    pro = {n: (c.pro.x, c.pro.y) for n, c in curves.items() if len(c.pro.x)}
+    found = ("false-positive rate of images", "true-positive rate of images")
+    regions = ("false-positive rate of pixels", "mean share of a region found")
+    charts = {"roc": line_chart(roc, order=order, labels=found, limits=(1, 1)) if roc else ""}
+    charts["pro"] = line_chart(pro, order=order, labels=regions, limits=(limit, 1)) if pro else ""
+    return {name: Markup(chart) for name, chart in charts.items()}
+
+
+def histograms(classes: Mapping[str, ClassPage]) -> list[dict[str, Any]]:
+    """Image scores of each class with two thresholds, and how the label-free one does."""
+    made = []
+    for name, page in classes.items():
+        good, bad = ([i.score for i in page.images if bool(i.label) == label] for label in (False, True))
+        threshold, best = page.calibration.threshold, f1_threshold(good, bad)
+        chart = Markup(histogram(good, bad, ((threshold, "-"), (best, ":"))))
+        made.append({
+            "name": name, "chart": chart, "threshold": threshold, "best": best, "good": len(good), "bad": len(bad),
+            "alarms": sum(s > threshold for s in good), "found": sum(s > threshold for s in bad),
+        })  # fmt: skip
+    return made
+
+
+def panels(
+    training: Training, wanted: Sequence[tuple[str, tuple[str, ...]]], factor: float = 1
+) -> list[tuple[str, Markup]]:
+    """A small chart for each title and path into an entry, with a line per model; those without values are left out.
+
+    Values are multiplied by `factor`.
+    """
+    made = []
+    for title, path in wanted:
+        lines: dict[str, Points] = {}
+        for model, entries in training.items():
+            points = [(e["epoch"], v) for e in entries if (v := lookup(e, path)) is not None]
+            if points:
+                lines[model] = ([x for x, _ in points], [factor * y for _, y in points])
+        if lines:
+            chart = line_chart(lines, order=list(training), labels=("meta epoch", ""), marks=True, size=(3.5, 1.9))
+            made.append((title, Markup(chart)))
+    return made
+
+
+def lookup(entry: Any, path: tuple[str, ...]) -> Any:
+    """A nested value, None if there is none."""
+    for key in path:
+        entry = entry.get(key) if isinstance(entry, Mapping) else None
+    return entry
+
+
+def training_panels(training: Training) -> list[tuple[str, Markup]]:
+    """Loss, learning rate and every metric over the meta epochs."""
+    wanted = [("Loss, nats per image", ("train", "loss")), ("Learning rate", ("train", "lr"))]
+    metrics = [(TITLES[m], ("test", m)) for m in COLUMNS if m in METRICS]
+    return panels(training, wanted) + panels(training, metrics, factor=100)
+
+
+def codebook_panels(training: Training) -> list[tuple[str, Markup]]:
+    """Perplexity of each codebook over the meta epochs."""
+    return panels(training, [(title, ("codebooks", key, "perplexity")) for key, title in CODEBOOKS.items()])
+
+
+def codebook_rows(training: Training) -> list[tuple[str, dict[str, Any]]]:
+    """Each model's codebooks after the last meta epoch: `perplexity` and `used`."""
+    return [(m, entries[-1]["codebooks"]) for m, entries in training.items() if entries and entries[-1]["codebooks"]]
+
+
+def concept_matrix(classes: Mapping[str, ClassPage]) -> dict[str, Any] | None:
+    """How many test images of each class chose which concept; the most used concepts, None without codebooks."""
+    used = {n: Counter(i.concept for i in p.images if i.concept is not None) for n, p in classes.items()}
+    if not any(used.values()):
+        return None
+    total = sum(used.values(), Counter())
+    shown = sorted(concept for concept, _ in total.most_common(MOST_CONCEPTS))
+    rows = [(name, [(c[k], c[k] / max(c.total(), 1)) for k in shown]) for name, c in used.items()]
+    return {"columns": shown, "rows": rows, "left_out": len(total) - len(shown)}
