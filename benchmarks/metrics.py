@@ -93,7 +93,9 @@ def released(case: Case, steps: int = 800) -> float:
 def sweep(case: Case, steps: int = 200) -> float:
     """(c) AUPRO at 200 equally spaced thresholds, regions found once."""
     _, _, masks, maps = case
-    regions = [m[r.coords[:, 0], r.coords[:, 1]] for k, m in zip(masks, maps, strict=True) for r in regionprops(label(k))]
+    regions = [
+        m[r.coords[:, 0], r.coords[:, 1]] for k, m in zip(masks, maps, strict=True) for r in regionprops(label(k))
+    ]
     normal = maps[~masks]
     thresholds = np.linspace(maps.min(), maps.max(), steps, endpoint=False)
     rates = [float((normal > t).mean()) for t in thresholds]
@@ -187,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for flag, default, text in (
         ("--count", 100, "maps, a multiple of 10"), ("--size", 384, "their side"), ("--repeats", 5, "of each way"),
-        ("--slow-repeats", 1, "of (a), which takes minutes"), ("--threads", 2, "of each way"), ("--seed", 9826, ""),
+        ("--slow-repeats", 1, "of (a), which takes minutes"), ("--threads", 1, "of each way"), ("--seed", 9826, ""),
         ("--stream", 0, argparse.SUPPRESS),
     ):  # fmt: skip
         parser.add_argument(flag, type=int, default=default, help=text)
