@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.sketch import RankSketch
+from utils.sketch import RankSketch, ascending, at_or_above, distinct, selected
 
 NAN = float("nan")
 
@@ -111,17 +111,17 @@ class ClassAccumulator:
         self._shared = own is None
         self.labels += labels.flatten().tolist()
         self.scores += scores.flatten().double().tolist()
-        masks = masks.to(maps.device) > 0.5 if masks.dtype.is_floating_point else masks.to(maps.device) > 0
         maps = as_scores(maps)
+        masks = as_masks(masks.to(maps.device))
         shares = self._region_shares(masks)
-        self.negative.add(maps[~masks])
+        self.negative.add(selected(maps, ~masks))
         if own is None:
-            self.found.add(maps[masks], shares)
+            self.found.add(selected(maps, masks), shares)
         else:
             own = as_scores(own.to(maps.device))
-            self.positive.add(maps[masks])
-            self.outside.add(own[~masks])
-            self.found.add(own[masks], shares)
+            self.positive.add(selected(maps, masks))
+            self.outside.add(selected(own, ~masks))
+            self.found.add(selected(own, masks), shares)
 
     def _region_shares(self, masks: Tensor) -> Tensor:
         """For each pixel inside `masks`, in their order: its count 1 and its share of its region, (P, 2)."""
@@ -148,45 +148,49 @@ class ClassAccumulator:
 
     def compute(self) -> ClassResult:
         """The seven metrics of all images so far."""
-        labels, scores = (torch.tensor(v, dtype=torch.float64) for v in (self.labels, self.scores))
-        image = ranked((scores[labels > 0], None), (scores[labels <= 0], None))
-        negative = self.negative.atoms()
-        positive = self.found.atoms() if self._shared else self.positive.atoms()
-        pixel = ranked((positive[0], positive[1][:, 0]), (negative[0], negative[1][:, 0]))
+        image = self._image_counts()
+        true, false = joined(self.found if self._shared else self.positive, self.negative)
+        pixel = true[:, 0], false
+        curve = self._region_curve(true[:, 1], false) if self._shared else self.pro_curve()
         return ClassResult(
             image_auroc=auroc(*image), image_ap=average_precision(*image), image_f1max=f1_max(*image),
             pixel_auroc=auroc(*pixel), pixel_ap=average_precision(*pixel), pixel_f1max=f1_max(*pixel),
-            aupro=self._aupro(),
+            aupro=area_up_to(curve, self.fpr_limit),
         )  # fmt: skip
 
     def pro_curve(self) -> Curve:
         """False-positive rate and mean found share of the regions, over all thresholds, from (0, 0)."""
-        found, outside = self.found.atoms(), (self.negative if self._shared else self.outside).atoms()
-        rate, share = ranked((found[0], found[1][:, 1]), (outside[0], outside[1][:, 0]))
+        true, false = joined(self.found, self.negative if self._shared else self.outside)
+        return self._region_curve(true[:, 1], false)
+
+    def _region_curve(self, found: Tensor, outside: Tensor) -> Curve:
         start = torch.zeros(1, dtype=torch.float64)
-        if not self.regions or not len(share) or share[-1] == 0:
+        if not self.regions or not len(outside) or outside[-1] == 0:
             return Curve(x=np.zeros(0), y=np.zeros(0))
-        x, y = share / share[-1].clamp(min=1e-300), rate / self.regions
+        x, y = outside / outside[-1], found / self.regions
         return Curve(x=torch.cat([start, x.cpu()]).numpy(), y=torch.cat([start, y.cpu()]).clamp(max=1).numpy())
 
     def roc_curve(self) -> Curve:
         """False-positive and true-positive rate of the image scores, from (0, 0)."""
-        labels, scores = (torch.tensor(v, dtype=torch.float64) for v in (self.labels, self.scores))
-        true, false = ranked((scores[labels > 0], None), (scores[labels <= 0], None))
+        true, false = self._image_counts()
         if not len(true) or true[-1] == 0 or false[-1] == 0:
             return Curve(x=np.zeros(0), y=np.zeros(0))
         start = torch.zeros(1, dtype=torch.float64)
         return Curve(x=torch.cat([start, false / false[-1]]).numpy(), y=torch.cat([start, true / true[-1]]).numpy())
 
-    def _aupro(self) -> float:
-        curve = self.pro_curve()
-        if not len(curve.x):
-            return NAN
-        limit = self.fpr_limit
-        inside = curve.x <= limit
-        x = np.append(curve.x[inside], limit)
-        y = np.append(curve.y[inside], np.interp(limit, curve.x, curve.y))
-        return float(np.trapezoid(y, x) / limit)
+    def _image_counts(self) -> tuple[Tensor, Tensor]:
+        labels, scores = (torch.tensor(v, dtype=torch.float64) for v in (self.labels, self.scores))
+        return ranked(scores[labels > 0], scores[labels <= 0])
+
+
+def area_up_to(curve: Curve, limit: float) -> float:
+    """Area under a curve from 0 to `limit` by trapezoids, divided by `limit`; NaN for an empty curve."""
+    if not len(curve.x):
+        return NAN
+    inside = curve.x <= limit
+    x = np.append(curve.x[inside], limit)
+    y = np.append(curve.y[inside], np.interp(limit, curve.x, curve.y))
+    return float(np.trapezoid(y, x) / limit)
 
 
 def check(labels: Tensor, scores: Tensor, masks: Tensor, maps: Tensor, own: Tensor | None) -> None:
@@ -204,26 +208,37 @@ def check(labels: Tensor, scores: Tensor, masks: Tensor, maps: Tensor, own: Tens
             raise ValueError(f"{name}: expected numbers, but got NaN")
 
 
+def as_masks(masks: Tensor) -> Tensor:
+    """True where defective: above 0.5 for floating-point masks, above 0 for integers."""
+    if masks.dtype == torch.bool:
+        return masks
+    return masks > 0.5 if masks.dtype.is_floating_point else masks > 0
+
+
 def as_scores(maps: Tensor) -> Tensor:
-    """Double precision stays; all else becomes float32, which holds half precision exactly."""
+    """Double precision stays; all else becomes float32, which holds half precision exactly.
+
+    MPS has no double precision to count in, so that its maps are counted on the CPU.
+    """
+    maps = maps.cpu() if maps.device.type == "mps" else maps
     return maps if maps.dtype == torch.float64 else maps.float()
 
 
-Atoms = tuple[Tensor, Tensor | None]
+def ranked(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """How many positive and negative scores are at or above each distinct score, descending, (K,) float64 each."""
+    sketches = RankSketch(), RankSketch()
+    for sketch, scores in zip(sketches, (positive, negative), strict=True):
+        sketch.add(scores)
+    true, false = joined(*sketches)
+    return true[:, 0], false
 
 
-def ranked(positive: Atoms, negative: Atoms) -> tuple[Tensor, Tensor]:
-    """Cumulative positive and negative mass at or above each distinct score, descending, (K,) float64 each.
-
-    `positive` and `negative` are scores and their masses (None: one each).
-    """
-    keys = torch.cat([positive[0].double(), negative[0].double()])
-    up, down = (torch.ones_like(k, dtype=torch.float64) if m is None else m.double() for k, m in (positive, negative))
-    keys, order = keys.sort(descending=True)
-    true = torch.cat([up, torch.zeros_like(down)])[order].cumsum(0)
-    false = torch.cat([torch.zeros_like(up), down])[order].cumsum(0)
-    last = torch.cat([keys[1:] != keys[:-1], torch.ones(min(len(keys), 1), dtype=torch.bool, device=keys.device)])
-    return true[last], false[last]
+def joined(positive: RankSketch, negative: RankSketch) -> tuple[Tensor, Tensor]:
+    """Cumulative masses of both at or above each boundary of either, from the highest on, (K, columns) and (K,)."""
+    (up, true), (down, false) = positive.cumulative(), negative.cumulative()
+    up, true, down = up.double().to(down.device), true.to(down.device), down.double()
+    bounds = distinct(ascending(torch.cat([up, down])))
+    return at_or_above(up, true, bounds), at_or_above(down, false, bounds)[:, 0]
 
 
 def without_both(true: Tensor, false: Tensor) -> bool:

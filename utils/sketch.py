@@ -13,6 +13,8 @@ missing to 1.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,12 +26,13 @@ BUFFER = 1 << 21
 class RankSketch:
     """A multiset of scores with one or more columns of non-negative mass, the first one their count.
 
-    The default mass of a score is one. All tensors live where the scores do.
+    The default mass of a score is one. All tensors live where the scores do. Inside, scores are negated, so that the
+    ascending order of keys starts at the highest score.
     """
 
     def __init__(self, columns: int = 1) -> None:
         self.columns = columns
-        self._keys = torch.zeros(0)  # descending boundaries
+        self._keys = torch.zeros(0)  # ascending negated boundaries
         self._total = torch.zeros(0, columns, dtype=torch.float64)  # mass at or above each boundary
         self._thinned = False
         self._pending: list[tuple[Tensor, Tensor | None]] = []
@@ -45,65 +48,97 @@ class RankSketch:
 
     def merge(self, other: RankSketch) -> None:
         """Add all mass of another sketch."""
-        keys, masses = other.atoms()
         self._flush()
-        if len(keys):
-            self._insert(keys, masses.cumsum(0))
+        other._flush()
+        if len(other._keys):
+            self._insert(other._keys, other._total)
             self._thinned |= other._thinned
+
+    def cumulative(self) -> tuple[Tensor, Tensor]:
+        """Ascending negated distinct scores (K,) and the mass at or above each (K, columns), float64."""
+        self._flush()
+        return self._keys, self._total
 
     def atoms(self) -> tuple[Tensor, Tensor]:
         """Descending distinct scores (K,) and the mass at each (K, columns), float64."""
-        self._flush()
-        return self._keys, torch.diff(self._total, dim=0, prepend=torch.zeros_like(self._total[:1]))
+        keys, total = self.cumulative()
+        return -keys, torch.diff(total, dim=0, prepend=torch.zeros_like(total[:1]))
 
     def _flush(self) -> None:
         """Count what is pending."""
         if not self._pending:
             return
-        values = torch.cat([v for v, _ in self._pending])
+        keys = torch.cat([v for v, _ in self._pending]).neg_()
+        total = None  # one a score
         if all(m is None for _, m in self._pending):
-            values = sorted_descending(values)
-            total = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)[:, None]
+            keys = ascending(keys)
         else:
-            values, order = values.sort(descending=True)
-            ones = torch.ones(1, self.columns, dtype=torch.float64, device=values.device)
+            keys, order = keys.sort()
+            ones = torch.ones(1, self.columns, dtype=torch.float64, device=keys.device)
             masses = torch.cat([ones.expand(len(v), -1) if m is None else m.double() for v, m in self._pending])
             total = masses[order].cumsum(0)
         self._pending, self._waiting = [], 0
-        last = torch.cat([values[1:] != values[:-1], torch.ones(1, dtype=torch.bool, device=values.device)])
-        self._insert(values[last], total[last])
+        self._insert(keys, total)
 
-    def _insert(self, keys: Tensor, total: Tensor) -> None:
-        """Add descending distinct `keys` with their cumulative masses (K, columns)."""
-        if len(self._keys):
-            dtype = torch.promote_types(keys.dtype, self._keys.dtype)
-            keys, old_keys, old_total = keys.to(dtype), self._keys.to(dtype), self._total
-            extra = keys
-            if self._thinned:
-                both = old_total + at_or_above(keys, total, old_keys)
-                gaps = torch.diff(_ideal(both), dim=0, prepend=torch.zeros_like(both[:1])).amax(1)
-                wide = torch.cat([gaps > 2, torch.ones(1, dtype=torch.bool, device=gaps.device)])
-                extra = keys[wide[torch.searchsorted(-old_keys, -keys)] & _chosen(total)]
-            bounds = sorted_descending(torch.cat([old_keys, extra])).unique_consecutive()
-            total = at_or_above(old_keys, old_total, bounds) + at_or_above(keys, total, bounds)
-            keys = bounds
-        if len(keys) > BUFFER:
-            keep = _chosen(total)
-            keys, total, self._thinned = keys[keep], total[keep], True
-        self._keys, self._total = keys.clone(), total.clone()
+    def _insert(self, keys: Tensor, total: Tensor | None) -> None:
+        """Add ascending `keys`, ties among them, with their cumulative masses (K, columns), None for 1, 2, 3, ..."""
+        dtype = torch.promote_types(keys.dtype, self._keys.dtype) if len(self._keys) else keys.dtype
+        keys, old_keys, old_total = keys.to(dtype), self._keys.to(keys.device, dtype), self._total.to(keys.device)
+        thin = self._thinned or count_distinct(keys) > BUFFER
+        extra = keys[_chosen(total, keys)] if thin else keys
+        if self._thinned:
+            both = old_total + at_or_above(keys, total, old_keys)
+            gaps = torch.diff(_ideal(both), dim=0, prepend=torch.zeros_like(both[:1])).amax(1)
+            wide = torch.cat([gaps > 2, torch.ones(1, dtype=torch.bool, device=gaps.device)])
+            extra = extra[wide[torch.searchsorted(old_keys, extra)]]
+        bounds = distinct(ascending(torch.cat([old_keys, extra])) if len(old_keys) else extra)
+        total = at_or_above(old_keys, old_total, bounds) + at_or_above(keys, total, bounds)
+        if len(bounds) > BUFFER:
+            keep = _chosen(total, bounds)
+            bounds, total, thin = bounds[keep], total[keep], True
+        self._keys, self._total, self._thinned = bounds, total, thin
 
 
-def sorted_descending(values: Tensor) -> Tensor:
-    """Sorted values; on the CPU by NumPy, whose vectorised sort is several times faster."""
+def ascending(values: Tensor) -> Tensor:
+    """Sorted values, in the same memory; on the CPU by NumPy, whose vectorised sort is several times faster."""
     if values.device.type == "cpu":
-        return torch.from_numpy(np.sort(values.numpy())).flip(0)
-    return values.sort(descending=True).values
+        values.numpy().sort()
+        return values
+    return values.sort().values
 
 
-def at_or_above(keys: Tensor, total: Tensor, bounds: Tensor) -> Tensor:
-    """Mass at or above each of `bounds`, for cumulative masses `total` at descending `keys`."""
-    place = torch.searchsorted(-keys, -bounds, right=True)
-    return torch.cat([torch.zeros_like(total[:1]), total])[place]
+def selected(values: Tensor, mask: Tensor) -> Tensor:
+    """`values[mask]`; on the CPU by NumPy, which is ten times faster."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(values.numpy()[mask.numpy()])
+    return values[mask]
+
+
+def count_distinct(keys: Tensor) -> int:
+    """Different values among sorted ones."""
+    if keys.device.type == "cpu":
+        values = keys.numpy()
+        return int(np.count_nonzero(values[1:] != values[:-1])) + min(len(values), 1)
+    return int((keys[1:] != keys[:-1]).sum()) + min(len(keys), 1)
+
+
+def distinct(keys: Tensor) -> Tensor:
+    """Sorted values without repetition."""
+    first = torch.ones(min(len(keys), 1), dtype=torch.bool, device=keys.device)
+    return selected(keys, torch.cat([first, keys[1:] != keys[:-1]]))
+
+
+def at_or_above(keys: Tensor, total: Tensor | None, bounds: Tensor) -> Tensor:
+    """Mass (B, columns) at or above each of `bounds`, for cumulative masses `total` at `keys` (None: 1, 2, 3, ...).
+
+    `keys` and `bounds` are negated and ascend.
+    """
+    place = torch.searchsorted(keys, bounds, right=True)
+    if total is None:
+        return place[:, None].double()
+    if not len(keys):
+        return total.new_zeros(len(bounds), total.shape[1])
+    return torch.where(place[:, None] > 0, total[(place - 1).clamp(min=0)], 0.0)
 
 
 def _ideal(total: Tensor) -> Tensor:
@@ -118,9 +153,27 @@ def _ideal(total: Tensor) -> Tensor:
     return torch.cat([dense, rest], 1)
 
 
-def _chosen(total: Tensor) -> Tensor:
-    """Which boundaries to keep: the last of each ideal gap, those with the mass of a gap or more, the lowest of all."""
-    gap = _ideal(total).floor()
-    step = torch.diff(gap, dim=0)
-    edge = torch.ones(1, dtype=torch.bool, device=gap.device)
-    return torch.cat([(step > 0).any(1), edge]) | torch.cat([edge, (step > 1).any(1)])
+def _targets(last: Tensor, column: int) -> Tensor:
+    """The inverse of `_ideal`: cumulative masses at which it is a whole number, for totals (columns,)."""
+    if column:
+        return (
+            last[column] * torch.arange(1, 4 * RESOLUTION, dtype=torch.float64, device=last.device) / (4 * RESOLUTION)
+        )
+    steps = math.ceil(RESOLUTION * (1 + math.log(max(float(last[0]) / RESOLUTION, 1))))
+    number = torch.arange(1, steps + 1, dtype=torch.float64, device=last.device)
+    masses = torch.where(number <= RESOLUTION, number, RESOLUTION * (number / RESOLUTION - 1).exp())
+    return masses[masses < last[0]]
+
+
+def _chosen(total: Tensor | None, keys: Tensor) -> Tensor:
+    """Indices of the keys to keep as boundaries, ascending, for cumulative masses (K, columns) or None for 1, 2, 3, ...
+
+    The last of each ideal gap, those with the mass of a gap or more, the highest and the lowest of all.
+    """
+    kept = [torch.tensor([0, len(keys) - 1], device=keys.device)]
+    last = torch.tensor([len(keys)], dtype=torch.float64, device=keys.device) if total is None else total[-1]
+    for column in range(len(last)):
+        goals = _targets(last, column)
+        place = goals.ceil().long() - 1 if total is None else torch.searchsorted(total[:, column].contiguous(), goals)
+        kept += [(place - 1).clamp(min=0), place[1:][place[1:] == place[:-1]]]
+    return distinct(ascending(torch.cat(kept)))
