@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from typing import Any
 
 from default import PARTS, PRESETS, Config, UsageError, __version__, expect, flag_of, make_config, to_dict
 
 DESCRIPTION = "Train one VQ-Flow anomaly detector for all classes, evaluate it, and reproduce the paper's tables."
+
+# A field, when it does nothing, and what to do about it.
+VOID: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
+    ("quantize_type", lambda c: not c.model.quantize_enable, "works with --quantize-enable; add that, or leave it out"),
+    ("codebooks", lambda c: not c.model.quantize_enable, "works with --quantize-enable; add that, or leave it out"),
+    (
+        "reassign_quantize",
+        lambda c: not c.model.quantize_enable,
+        "works with --quantize-enable; add that, or leave it out",
+    ),
+    ("weights", lambda c: not c.model.pretrained, "contradicts --no-pretrained; leave one of them out"),
+    ("eval_ckpt", lambda c: c.run.mode == "train", "works in --mode test; to go on with a run, use --resume"),
+    ("resume", lambda c: c.run.mode == "test", "works in --mode train; leave it out"),
+    ("tensorboard", lambda c: c.run.mode == "test", "works in --mode train; leave it out"),
+    ("wandb_enable", lambda c: c.run.mode == "test", "works in --mode train; leave it out"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,14 +77,38 @@ def parse(argv: Sequence[str]) -> tuple[Config, dict[str, Any], bool]:
     Raises:
         UsageError: unknown flag, preset or value.
     """
-    words = [hyphenated(word) for word in argv]
-    typed = vars(build_parser().parse_args(words))
+    namespace, unknown = build_parser().parse_known_args([hyphenated(word) for word in argv])
+    if unknown:
+        raise UsageError(unknown_flag(unknown[0]))
+    typed = vars(namespace)
     dry, preset = typed.pop("dry_run", False), typed.pop("preset", None)
     chosen: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in typed.items()}
     if preset is not None:
         expect("--preset", preset, tuple(PRESETS))
         chosen = PRESETS[preset] | chosen
-    return make_config(**chosen), chosen, dry
+    config = make_config(**chosen)
+    refuse_void(config, typed)
+    return config, chosen, dry
+
+
+def unknown_flag(word: str) -> str:
+    """Says which flag may have been meant."""
+    name = word.partition("=")[0]
+    if not name.startswith("-"):
+        return f"expected a flag, but got {word!r}; --help lists all of them"
+    known = ["--preset", "--dry-run", "--version", *(flag_of(e.name) for k in PARTS.values() for e in fields(k))]  # type: ignore[arg-type]
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"{name}: no such flag; " + (f"did you mean {close[0]}?" if close else "--help lists all of them")
+
+
+def refuse_void(config: Config, typed: dict[str, Any]) -> None:
+    """Raise `UsageError` for a switch or choice that the user typed but that would do nothing beside the others.
+
+    Sizes and weights of a part that is switched off are accepted, so that one switch can be taken out of a command.
+    """
+    for name, is_void, advice in VOID:
+        if typed.get(name) and is_void(config):
+            raise UsageError(f"{flag_of(name)}: {advice}")
 
 
 def hyphenated(word: str) -> str:

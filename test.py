@@ -31,7 +31,7 @@ from utils.gallery import ImageResult, Look, Views, calibrate
 from utils.metrics import ClassAccumulator, ClassResult, mean_results
 from utils.plots import save_picture, triptych
 from utils.report import ClassPage, Curves, class_page, curves_of, report_run
-from utils.runs import check_writable, new_run
+from utils.runs import check_writable, new_run, write_config
 from utils.scoring import ScoreMaps, image_scores, score_maps
 from utils.seed import seed_everything
 from utils.tables import format_table, write_tables
@@ -270,7 +270,7 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
     folder: Path | None = None
     classes: dict[str, ClassResult] = {}
     pages: dict[str, ClassPage] = {}
-    paths = find_checkpoints(Path(config.eval.eval_ckpt))
+    paths = find_checkpoints(Path(config.eval.eval_ckpt), config.data.class_names)
     for path in paths:
         content = read_checkpoint(path)
         own = settled_config(content, config, chosen, str(path))
@@ -286,17 +286,28 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         save_pictures(stage, model, datasets[1], class_names, folder / "pictures")
         pages |= report_pages(stage, model, datasets, result, len(class_names) * len(paths))
     assert folder is not None
+    own = replace(own, data=replace(own.data, class_names=tuple(classes)))
+    write_config(folder, own)
     finish(folder, own, classes, None, pages)
 
 
-def find_checkpoints(path: Path) -> list[Path]:
-    """A file itself; in a run folder its last.pt, or those of its classes."""
+def find_checkpoints(path: Path, class_names: Sequence[str]) -> list[Path]:
+    """A file itself; in a run folder its last.pt, or those of the single classes that are asked for.
+
+    Raises:
+        UsageError: a folder without checkpoints, or without one of a class.
+    """
     if not path.is_dir():
         return [path]
-    found = [path / "last.pt"] if (path / "last.pt").is_file() else sorted(path.glob("*/last.pt"))
+    if (path / "last.pt").is_file():
+        return [path / "last.pt"]
+    found = {p.parent.name: p for p in sorted(path.glob("*/last.pt"))}
     if not found:
         raise UsageError(f"--eval_ckpt: expected a checkpoint or a run folder with a last.pt, but got {path}")
-    return found
+    for name in class_names:
+        if name not in ("all", *found):
+            raise UsageError(f"--class-names: {path} has no model of {name!r}; choose from all, {', '.join(found)}")
+    return [p for name, p in found.items() if "all" in class_names or name in class_names]
 
 
 def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, Any], name: str) -> Config:
@@ -311,7 +322,10 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
         )
     if content.get("format") != FORMAT or not {"config", "model", "classes", "extractor"} <= content.keys():
         raise UsageError(f"--eval_ckpt: {name} is not a checkpoint of this program or of the released code")
-    saved = from_dict(content["config"])
+    try:
+        saved = from_dict(content["config"])
+    except (UsageError, AttributeError, TypeError) as error:
+        raise UsageError(f"--eval_ckpt: {name} holds settings that this version does not know") from error
     for entry in fields(ModelConfig):
         if entry.name in ("weights", "pretrained") or entry.name not in chosen:
             continue
@@ -321,9 +335,13 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
                 f"--eval_ckpt: {name} was made with {entry.name} = {has!r}, not with {asked!r} as asked for"
             )
     values = {k: v for part in to_dict(saved).values() for k, v in part.items()}
-    values |= {"class_names": tuple(content["classes"]), "resume": False, "pre_extract": False} | chosen
+    own = tuple(content["classes"])
+    here = {"device": config.run.device, "work_dir": config.run.work_dir, "workers": config.data.workers}
+    values |= here | {"class_names": own, "resume": False, "pre_extract": False} | chosen
     if not saved.data.multi_class:
-        values |= {"class_names": tuple(content["classes"])}
+        if not {"all", *own} & set(values["class_names"]):
+            raise UsageError(f"--class-names: {name} is a model of {own[0]!r} alone")
+        values |= {"class_names": own}
     return make_config(**values)
 
 
@@ -334,7 +352,7 @@ def load_model(content: dict[str, Any], stage: Stage, name: str) -> VQFlow:
         UsageError: other sizes than asked for, or other weights of the extractor than in training.
     """
     if is_official(content):
-        return load_official(content, stage.config.model, stage.extractor.channels).to(stage.device)
+        return load_official(content, stage.config.model, stage.extractor.channels, name=name).to(stage.device)
     if content["extractor"] != stage.fingerprint:
         raise UsageError(
             f"--weights: {name} was trained on other weights of {stage.config.model.extractor} than the ones here"

@@ -185,9 +185,9 @@ class Trainer:
         wanted = last or (epoch + 1) % self.config.eval.eval_interval == 0
         result = self.evaluate(self.model) if wanted else None
         improved = self._note_best(result, epoch + 1) if result else False
-        self._save(epoch + 1, improved)
         mean = asdict(result.mean) if result else None
         log.write({"epoch": epoch + 1, "train": asdict(stats), "codebooks": usage, "test": mean})
+        self._save(epoch + 1, improved)  # after the log: a resumed run drops entries that no checkpoint covers
         self.report(epoch + 1, stats, result)
         return result
 
@@ -227,14 +227,18 @@ def run_training(config: Config) -> None:
     check_loggers(config.train)
     stage = Stage(config)
     sources = [stage.training_features(train) for train, _ in prepared]  # a batch larger than the data ends here
-    folder = (resumed_run(config) if config.train.resume else None) or new_run(config)
+    folder = resumed_run(config) if config.train.resume else None
+    if folder is not None:
+        for group in groups:  # all checkpoints are looked at before anything is written
+            saved_state(stage, group, own_folder(folder, config, group))
+    folder = folder or new_run(config)
     write_config(folder, config)
     print(f"{len(class_names)} classes, {sum(len(t) for t, _ in prepared)} training images; run folder: {folder}")
     classes: dict[str, ClassResult] = {}
     pages: dict[str, ClassPage] = {}
     best: dict[str, dict[str, float]] | None = None
     for group, datasets, source in zip(groups, prepared, sources, strict=True):
-        own = folder if config.data.multi_class else folder / group[0]
+        own = own_folder(folder, config, group)
         own.mkdir(exist_ok=True)
         if not config.data.multi_class:
             print(f"class {group[0]}")
@@ -264,11 +268,40 @@ def fit_group(
 
     trainer = Trainer(
         config, model, features=training, steps=len(source), evaluate=evaluation, folder=folder,
-        identity={"classes": list(group), "channels": list(stage.extractor.channels), "extractor": stage.fingerprint},
+        identity=identity(stage, group),
         report=lambda epoch, stats, result: print(progress_line(config, epoch, stats, result)),
     )  # fmt: skip
-    last = folder / LAST
-    return trainer.fit(read_checkpoint(last) if config.train.resume and last.is_file() else None)
+    return trainer.fit(saved_state(stage, group, folder))
+
+
+def own_folder(folder: Path, config: Config, group: tuple[str, ...]) -> Path:
+    """Where the model of `group` lies: in the run folder, or in one of its own where each class has a model."""
+    return folder if config.data.multi_class else folder / group[0]
+
+
+def identity(stage: Stage, group: tuple[str, ...]) -> dict[str, Any]:
+    """What a checkpoint belongs to, beside its config."""
+    return {"classes": list(group), "channels": list(stage.extractor.channels), "extractor": stage.fingerprint}
+
+
+def saved_state(stage: Stage, group: tuple[str, ...], folder: Path) -> dict[str, Any] | None:
+    """The checkpoint that a resumed run goes on from, None if there is none (yet).
+
+    Raises:
+        UsageError: it is damaged, or of another model, other classes or other weights of the extractor.
+    """
+    path, config = folder / LAST, stage.config
+    if not (config.train.resume and path.is_file()):
+        return None
+    saved = read_checkpoint(path, "--resume")
+    if not {"config", "epoch", "model", "optimizer", "random", "best_on_test"} <= saved.keys():
+        raise UsageError(f"--resume: {path} is not a checkpoint that training can go on from")
+    expected = identity(stage, group) | {"settings": to_dict(config)["model"]}
+    found = saved | {"settings": saved["config"]["model"]}
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise UsageError(f"--resume: {path} is of another run: its {name} differs")
+    return saved
 
 
 def progress_line(config: Config, epoch: int, stats: EpochStats, result: EvalResult | None) -> str:

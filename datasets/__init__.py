@@ -41,14 +41,12 @@ def resolve_classes(data: DataConfig) -> tuple[str, ...]:
     known = spec.classes or tuple(p.name for p in folder.subfolders(root) if (p / "train").is_dir())
     if not known:
         raise UsageError(f"--data-path: no folder in {root} has a train folder; expected {root}/CLASS/train/good")
-    if "all" in data.class_names:
-        return known
     for name in data.class_names:
-        if name not in known:
+        if name not in ("all", *known):
             article = "an" if spec.title[0] in "AEIOM" else "a"
             kind = f"{article} {spec.title} class" if spec.classes else f"a class in {root}"
             raise UsageError(f"--class-names: {name!r} is not {kind}; choose from all, {', '.join(known)}")
-    return tuple(name for name in known if name in data.class_names)
+    return known if "all" in data.class_names else tuple(name for name in known if name in data.class_names)
 
 
 def build_datasets(data: DataConfig, class_names: tuple[str, ...]) -> tuple[ImageFolder, ImageFolder]:

@@ -78,6 +78,7 @@ def _loader(dataset: ImageFolder, batch_size: int, workers: int, pin_memory: boo
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         multiprocessing_context="spawn" if workers else None,
+        generator=torch.Generator(),  # a loader draws a seed per pass: not from the stream of the model's choices
         **options,
     )
 

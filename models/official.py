@@ -56,7 +56,11 @@ def official_config(options: Mapping[str, Any]) -> ModelConfig:
 
 
 def load_official(
-    checkpoint: Mapping[str, Any] | str | Path, config: Mapping[str, Any] | ModelConfig, channels: Sequence[int]
+    checkpoint: Mapping[str, Any] | str | Path,
+    config: Mapping[str, Any] | ModelConfig,
+    channels: Sequence[int],
+    *,
+    name: str = "the checkpoint",
 ) -> VQFlow:
     """The `VQFlow` of an official checkpoint, in eval mode, bare of an extractor, with the released objective.
 
@@ -64,17 +68,22 @@ def load_official(
         checkpoint: the loaded dictionary, or its file.
         config: the options it was trained with, as the released code names them (or a `ModelConfig`).
         channels: the extractor's four levels of channels.
+        name: what errors call a loaded dictionary.
 
     Raises:
         UsageError: not an official checkpoint, or one of other sizes than `config` and `channels` say.
     """
-    name = str(checkpoint) if isinstance(checkpoint, (str, Path)) else "the checkpoint"
     if isinstance(checkpoint, (str, Path)):
-        checkpoint = read_checkpoint(checkpoint)
+        name, checkpoint = str(checkpoint), read_checkpoint(checkpoint)
     if not is_official(checkpoint):
         raise UsageError(f"{name}: not a checkpoint of the released code (expected the parts {', '.join(PARTS)})")
     model = VQFlow(config if isinstance(config, ModelConfig) else official_config(config), channels)
-    state = converted(checkpoint, channels)
+    try:
+        state = converted(checkpoint, channels)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{name}: not a whole checkpoint of the released code (expected the parts {', '.join(PARTS)})"
+        ) from error
     if model.prior is None:  # the released code saves the generators of the mixture whether it uses them or not
         state = {k: v for k, v in state.items() if not k.startswith("prior.")}
     load_strictly(model, state, name)

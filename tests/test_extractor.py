@@ -1,99 +1,194 @@
-"""Extractors: levels and names, weights from files and the package, errors, frozen for ever."""
+"""The frozen extractor: levels of any timm model, weights from files and from the package, clear errors."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
+import skimage.data
 import timm
 import torch
+from huggingface_hub import constants
 from PIL import Image
-from skimage import data as pictures
 
-from datasets.transforms import MEAN, STD
+from datasets.transforms import load_image
 from default import UsageError
-from models.extractor import FrozenExtractor, packaged_weights
+from models.extractor import PACKAGED, FrozenExtractor, packaged_weights
+
+SMALL = "test_resnet"  # timm's own miniature for tests
+
+
+def random(name: str, size: int = 64) -> FrozenExtractor:
+    return FrozenExtractor(name, input_size=size, pretrained=False)
+
+
+def full(name: str = SMALL, **options: object) -> dict[str, torch.Tensor]:
+    """Random weights of the whole timm model, classifier included."""
+    torch.manual_seed(3)
+    return timm.create_model(name, pretrained=False, **options).state_dict()
 
 
 @pytest.mark.parametrize(
-    ("name", "strides"),
-    [("resnet18", (4, 8, 16, 32)), ("convnextv2_atto", (4, 8, 16, 32)), ("vit_tiny_patch16_224", (16, 16, 16, 16))],
+    ("name", "channels"),
+    [
+        ("convnextv2_atto", (40, 80, 160, 320)),
+        ("resnet18", (64, 128, 256, 512)),
+        ("resnet34", (64, 128, 256, 512)),
+        ("resnext50_32x4d", (256, 512, 1024, 2048)),
+        ("wide_resnet50_2", (256, 512, 1024, 2048)),
+        (PACKAGED, (24, 40, 112, 320)),
+        ("test_convnext", (24, 32, 48, 64)),
+    ],
 )
-@pytest.mark.parametrize("size", [64, 96])
-def test_levels_come_from_timm(name: str, strides: tuple, size: int) -> None:
-    extractor = FrozenExtractor(name, input_size=size, pretrained=False)
+def test_convolutional_nets_give_strides_4_to_32(name: str, channels: tuple[int, ...]) -> None:
+    extractor = random(name)
+    assert (extractor.channels, extractor.strides) == (channels, (4, 8, 16, 32))
+    maps = extractor(torch.randn(1, 3, 64, 64))
+    assert [m.shape for m in maps] == [(1, c, 64 // s, 64 // s) for c, s in zip(channels, (4, 8, 16, 32), strict=True)]
+
+
+def test_channels_last_models_are_turned() -> None:
+    maps = random("swin_tiny_patch4_window7_224")(torch.randn(1, 3, 64, 64))
+    assert [tuple(m.shape[1:]) for m in maps] == [(96, 16, 16), (192, 8, 8), (384, 4, 4), (768, 2, 2)]
+
+
+@pytest.mark.parametrize("size", [48, 80, 112])
+def test_vision_transformer_levels_share_one_stride(size: int) -> None:
+    extractor = random("test_vit", size)
+    assert extractor.strides == (16,) * 4
     maps = extractor(torch.randn(2, 3, size, size))
-    assert extractor.strides == strides
-    assert [m.shape for m in maps] == [
-        (2, c, size // s, size // s) for c, s in zip(extractor.channels, strides, strict=True)
-    ]
+    assert [m.shape for m in maps] == [(2, 64, size // 16, size // 16)] * 4
+    assert not torch.equal(maps[0], maps[3]), "four different blocks"
 
 
-def test_names_of_the_released_code() -> None:
-    with torch.device("meta"):
-        for name in ("resnet34", "resnext50_32x4d", "wide_resnet50_2"):
-            levels, _ = FrozenExtractor._probe(name, 256)
-            assert levels == (1, 2, 3, 4)
-    tag = timm.get_pretrained_cfg("convnextv2_base").tag
-    assert tag == "fcmae_ft_in22k_in1k"
+def test_sizes_that_do_not_fit_are_named() -> None:
+    with pytest.raises(UsageError, match="--input-size: expected a multiple of 16 for 'test_vit', but got 50"):
+        random("test_vit", 50)
+    with pytest.raises(UsageError, match="--input-size: expected at least 32 for 'test_resnet', but got 31"):
+        random(SMALL, 31)
+
+
+def test_old_names_are_mapped_and_the_bare_name_means_what_the_released_code_means() -> None:
+    with pytest.warns(UserWarning, match="deprecated model name"):
+        assert random("vit_tiny_patch16_224_in21k").channels == (192,) * 4
+    assert timm.get_pretrained_cfg("convnextv2_base").tag == "fcmae_ft_in22k_in1k"
+
+
+@pytest.mark.parametrize("name", ["nope", "", "resnet18.nope", "a/b", "local-dir:/nowhere", "tf_efficientnet_lite9"])
+def test_unknown_models_are_named_with_choices(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"--extractor: '{name}' is no timm model .* choose one such as \w+, \w+"):
+        random(name)
 
 
 def test_frozen_for_ever() -> None:
-    extractor = FrozenExtractor("resnet18", input_size=64, pretrained=False).train()
-    assert not extractor.training and not extractor.net.training
-    maps = extractor(torch.randn(1, 3, 64, 64, requires_grad=True))
-    assert not any(m.requires_grad for m in maps)
+    extractor = random(SMALL).train()
+    assert not any(module.training for module in extractor.modules())
     assert not any(p.requires_grad for p in extractor.parameters())
+    before = {k: v.clone() for k, v in extractor.state_dict().items()}
+    maps = extractor(torch.randn(2, 3, 64, 64, requires_grad=True))
+    assert not any(m.requires_grad for m in maps)
+    assert all(torch.equal(v, before[k]) for k, v in extractor.state_dict().items()), "batch statistics stay too"
 
 
-def test_packaged_weights_know_a_cat() -> None:
-    """tabby, tiger cat, Persian, Siamese or Egyptian cat."""
-    net = timm.create_model("tf_efficientnet_lite0").eval()
-    net.load_state_dict(packaged_weights())
-    image = np.asarray(Image.fromarray(pictures.chelsea()).resize((224, 224))) / 255.0
-    batch = torch.from_numpy((image - MEAN) / STD).permute(2, 0, 1)[None].float()
-    assert int(net(batch).argmax()) in range(281, 286)
-    extractor = FrozenExtractor("tf_efficientnet_lite0", input_size=64)
-    torch.testing.assert_close(extractor.net.state_dict()["conv_stem.weight"], net.state_dict()["conv_stem.weight"])
+def test_packaged_weights_are_imagenets(tmp_path: Path) -> None:
+    """The classifier with the package's weights knows scikit-image's cat, and the extractor carries the same ones."""
+    Image.fromarray(np.asarray(skimage.data.chelsea())).save(tmp_path / "cat.png")
+    image = load_image(tmp_path / "cat.png", 224)[None]
+    state = packaged_weights()
+    assert state is not None
+    classifier = timm.create_model(PACKAGED, pretrained=False).eval()
+    classifier.load_state_dict(state)
+    with torch.no_grad():
+        assert int(classifier(image).argmax()) in (281, 282, 285), "tabby, tiger cat or Egyptian cat"
+        expected = classifier.forward_intermediates(image, intermediates_only=True)[-4:]
+    for ours, theirs in zip(FrozenExtractor(PACKAGED, input_size=224)(image), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
-def test_weights_from_a_file(suffix: str, tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    state = timm.create_model("resnet18").state_dict()
-    path = tmp_path / f"w{suffix}"
+@pytest.mark.parametrize("wrap", ["bare", "state_dict", "without classifier", "other classes"])
+def test_weights_from_files(tmp_path: Path, suffix: str, wrap: str) -> None:
+    state = full(num_classes=7) if wrap == "other classes" else full()
+    if wrap == "without classifier":
+        state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+    path = tmp_path / f"weights{suffix}"
     if suffix == ".safetensors":
         safetensors.torch.save_file(state, path)
     else:
-        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
-    extractor = FrozenExtractor("resnet18", input_size=64, weights=str(path))
-    torch.testing.assert_close(extractor.net.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+        torch.save(
+            {"state_dict": {f"module.{k}": v for k, v in state.items()}} if wrap == "state_dict" else state, path
+        )
+    own = FrozenExtractor(SMALL, input_size=64, weights=str(path)).net.state_dict()
+    assert own
+    assert all(torch.equal(value, state[key]) for key, value in own.items())
 
 
-def test_unfitting_weights_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "w.pth"
-    with pytest.raises(UsageError, match="--weights: no such file"):
-        FrozenExtractor("resnet18", input_size=64, weights=str(path))
-    path.write_text("no")
-    with pytest.raises(UsageError, match="--weights: cannot read"):
-        FrozenExtractor("resnet18", input_size=64, weights=str(path))
-    torch.save(timm.create_model("resnet34").state_dict(), path)
-    with pytest.raises(UsageError, match="does not fit --extractor resnet50: "):
-        FrozenExtractor("resnet50", input_size=64, weights=str(path))
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit", "test_efficientnet"])
+def test_a_missing_classifier_does_not_matter(tmp_path: Path, name: str) -> None:
+    heads = timm.get_pretrained_cfg(name).classifier
+    state = {k: v for k, v in full(name).items() if not k.startswith(heads)}
+    torch.save(state, tmp_path / "w.pth")
+    extractor = FrozenExtractor(name, input_size=64, weights=str(tmp_path / "w.pth"))
+    stem = next(iter(extractor.net.state_dict().values()))
+    assert any(torch.equal(stem, value) for value in state.values())
 
 
-def test_no_network_and_no_weights_names_three_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://nowhere.invalid")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UsageError) as caught:
-        FrozenExtractor("convnextv2_atto", input_size=64)
-    for way in ("--weights FILE", "tf_efficientnet_lite0", "network"):
+def bad_weights(folder: Path, case: str) -> Path:
+    """A file that --weights has to refuse."""
+    path, state = folder / "w.pth", full()
+    if case == "missing":
+        return path
+    if case == "damaged safetensors":
+        path = folder / "w.safetensors"
+        safetensors.torch.save_file(state, path)
+    elif case == "shape":
+        state["conv1.0.weight"] = torch.zeros(1, 3, 3, 3)
+    elif case == "lacks":
+        del state["layer1.0.conv1.weight"]
+    if path.suffix == ".pth":
+        torch.save([1, 2] if case == "no dictionary" else {"epoch": 3} if case == "no tensors" else state, path)
+    if case.startswith(("truncated", "damaged")):
+        path.write_bytes(path.read_bytes()[:1000])
+    if case == "text":
+        path.write_text("weights")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("missing", "no such file"),
+        ("truncated", "cannot read .*truncated"),
+        ("damaged safetensors", "cannot read"),
+        ("text", "cannot read"),
+        ("no dictionary", "holds no state dictionary"),
+        ("no tensors", "holds no state dictionary"),
+        ("lacks", "does not fit --extractor test_resnet: it lacks layer1.0.conv1.weight"),
+        ("shape", r"does not fit --extractor test_resnet: conv1.0.weight is \(1, 3, 3, 3\), not \("),
+    ],
+)
+def test_bad_weight_files_are_named(tmp_path: Path, case: str, text: str) -> None:
+    path = bad_weights(tmp_path, case)
+    with pytest.raises(UsageError, match=text) as caught:
+        FrozenExtractor(SMALL, input_size=64, weights=str(path))
+    assert str(caught.value).startswith("--weights: ")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_network_and_no_weights_names_the_three_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "https://nowhere.invalid")  # a name that never resolves (RFC 2606)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match="--extractor: no weights for 'resnet18'") as caught:
+        FrozenExtractor("resnet18", input_size=64)
+    for way in ("--weights FILE (.safetensors, .pth, .bin)", "--extractor tf_efficientnet_lite0", "network"):
         assert way in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_names_and_sizes() -> None:
-    with pytest.raises(UsageError, match="--extractor: 'resnet0' is no timm model with feature maps; choose"):
-        FrozenExtractor("resnet0", input_size=64)
-    with pytest.raises(UsageError, match="--input-size: expected a multiple of 16"):
-        FrozenExtractor("vit_tiny_patch16_224", input_size=65, pretrained=False)
+def test_fingerprints_tell_weights_apart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first, second = random(SMALL).fingerprint(), random(SMALL).fingerprint()
+    assert first != second
+    torch.manual_seed(0)
+    assert random(SMALL).fingerprint() == first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,37 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The dictionary in a checkpoint file, loaded with weights_only.
+def read_checkpoint(path: str | Path, flag: str = "--eval_ckpt") -> dict[str, Any]:
+    """The dictionary in a checkpoint file that `flag` asked for, loaded with weights_only.
 
     Raises:
         UsageError: no such file, truncated, not a checkpoint, or a pickle with code in it.
     """
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"--eval_ckpt: no such file: {path}")
+        raise UsageError(f"{flag}: no such file: {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = (
-            "it holds code or objects, which are not loaded" if "nsupported" in str(error) else "it is not a checkpoint"
-        )
-        raise UsageError(f"--eval_ckpt: cannot read {path}: {reason}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
-        raise UsageError(f"--eval_ckpt: cannot read {path}: it is truncated or not a checkpoint") from error
+        content = load_tensors(path)
+    except OSError as error:
+        raise UsageError(f"{flag}: cannot read {path}: {error.strerror or 'it is truncated'}") from error
+    except Exception as error:  # damaged files raise anything: struct.error, IndexError, AssertionError, ...
+        raise UsageError(f"{flag}: cannot read {path}: {reason(error)}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"--eval_ckpt: {path} is not a checkpoint: it holds a {type(content).__name__}")
+        raise UsageError(f"{flag}: {path} is not a checkpoint: it holds a {type(content).__name__}")
     return content
+
+
+def load_tensors(path: Path) -> Any:
+    """What a PyTorch file holds, without running code in it and without PyTorch's remarks on odd files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def reason(error: Exception) -> str:
+    """Why `load_tensors` failed."""
+    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+        return "it holds code or objects, which are not loaded"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is not a checkpoint, or holds code or objects, which are not loaded"
+    return "it is truncated or not a checkpoint"

@@ -35,11 +35,10 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl, none if there is no such file."""
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line] if path.is_file() else []
-    )
+def read_lines(path: Path, count: int | None = None) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl, or its first `count`; none if there is no such file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines[:count] if line]
 
 
 class RunLog:
@@ -53,7 +52,7 @@ class RunLog:
 
     def __init__(self, folder: Path, *, kept: int, config: dict[str, Any], tensorboard: bool, wandb: bool) -> None:
         self.path = folder / "metrics.jsonl"
-        old = read_lines(self.path)[:kept]
+        old = read_lines(self.path, kept)  # a killed run may have left half a line behind them
         self.path.write_text("".join(json.dumps(e) + "\n" for e in old), encoding="utf-8")
         self._board = self._wandb = None
         if tensorboard:

@@ -55,7 +55,8 @@ def new_run(config: Config) -> Path:
     """A fresh run folder with config.json in it."""
     work_dir, name = check_writable(config.run.work_dir), run_name(config)
     number = max(existing_runs(work_dir, name), default=0) + 1
-    folder = work_dir / (name if number == 1 else f"{name}-{number}")
+    while (folder := work_dir / (name if number == 1 else f"{name}-{number}")).exists():  # a file of that name
+        number += 1
     folder.mkdir()
     write_config(folder, config)
     return folder
