@@ -26,7 +26,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.metrics import METRICS, ClassAccumulator, ClassResult, evaluate_maps  # noqa: E402
+from utils.metrics import METRICS, ClassAccumulator, ClassResult, evaluate_maps
 
 BATCH, LIMIT = 10, 0.3
 Case = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # labels (N,), scores (N,), masks and maps (N, S, S)
