@@ -234,9 +234,7 @@ class RunConfig(Part):
     runs: tuple[str, ...] = option((), "run folders that --mode table gathers into one table")
     work_dir: str = option("work_dirs", "folder for run folders")
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
-    name: str | None = option(
-        None, "start of the run folder's name (default: data set, extractor and multi or single)"
-    )
+    name: str | None = option(None, "start of the run folder's name (default: data set, extractor and multi or single)")
     seed: int = option(9826, "seed of every random choice", low=0, high=2**32 - 1)
     seeds: tuple[int, ...] = option(
         (), "train once with each of these seeds and summarize: mean and standard deviation", low=0, high=2**32 - 1

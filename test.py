@@ -25,14 +25,15 @@ from default import Config, EvalConfig, ModelConfig, UsageError, from_dict, make
 from models.extractor import FrozenExtractor
 from models.official import is_official, load_official, load_strictly
 from models.vqflow import VQFlow, pool_features
+from utils.bootstrap import bootstrap
 from utils.checkpoint import FORMAT, read_checkpoint
 from utils.device import autocast, resolve_device
 from utils.metrics import ClassAccumulator, ClassResult, mean_results
 from utils.plots import save_picture, triptych
+from utils.results import Results, write_results
 from utils.runs import check_writable, new_run
 from utils.scoring import ScoreMaps, image_scores, score_maps
 from utils.seed import seed_everything
-from utils.tables import format_table, write_tables
 
 Source = LiveFeatures | CachedFeatures
 
@@ -111,7 +112,7 @@ class Stage:
             return LiveFeatures(loader, self.extract, self.device)
         key = cache_key(
             dataset, extractor=self.fingerprint, pool=self.config.model.pool_type, size=dataset.input_size,
-            amp=self.config.train.amp_enable,
+            masks=dataset.mask_size, amp=self.config.train.amp_enable,
         )  # fmt: skip
         return cached_features(
             loader, self._ordered(dataset), self.extract, device=self.device, root=self.cache, key=key,
@@ -177,6 +178,7 @@ def save_pictures(stage: Stage, model: VQFlow, dataset: ImageFolder, class_names
     One colour scale per class: from the median of its good images to the highest value shown.
     """
     config = stage.config.eval
+    dataset = ImageFolder(dataset.items, dataset.input_size)  # masks at the pictures' size
     model.eval()
     chosen: dict[int, dict[str, list[int]]] = {}
     for number, item in enumerate(dataset.items):
@@ -202,14 +204,17 @@ def save_pictures(stage: Stage, model: VQFlow, dataset: ImageFolder, class_names
     return count
 
 
-def finish(
-    folder: Path, config: Config, classes: dict[str, ClassResult], best: dict[str, dict[str, float]] | None
-) -> None:
-    """Write the tables into the run folder and show them."""
-    write_tables(folder, classes, best_on_test=best, config=to_dict(config))
-    print(format_table(classes, best_on_test=best))
-    scores = f"image {config.eval.image_score}, pixel {config.eval.pixel_score}, AUPRO {config.eval.pro_score}"
-    print(f"scores: {scores}; size {config.data.input_size}; last epoch\nrun folder: {folder}")
+def finish(folder: Path, config: Config, parts: Sequence[EvalResult], best: dict[str, dict[str, float]] | None) -> None:
+    """Write the tables of all `parts` (one, or one per single-class model) into the run folder and show them."""
+    classes = {name: result for part in parts for name, result in part.classes.items()}
+    by_name: dict[str, list[ImageResult]] = {name: [] for name in classes}
+    for image in (image for part in parts for image in part.images):
+        by_name[image.class_name].append(image)
+    drawn = {name: ([i.label for i in images], [i.score for i in images]) for name, images in by_name.items()}
+    count = config.eval.bootstrap
+    intervals = bootstrap(drawn, count, config.run.seed) if count else None
+    print(write_results(folder, Results(classes=classes, best_on_test=best, intervals=intervals, config=config)))
+    print(f"run folder: {folder}")
 
 
 def run_test(config: Config, chosen: dict[str, Any]) -> None:
@@ -221,22 +226,21 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
     """
     assert config.eval.eval_ckpt is not None
     folder: Path | None = None
-    classes: dict[str, ClassResult] = {}
+    parts: list[EvalResult] = []
     for path in find_checkpoints(Path(config.eval.eval_ckpt)):
         content = read_checkpoint(path)
         own = settled_config(content, config, chosen, str(path))
         class_names = resolve_classes(own.data)
-        dataset = build_datasets(own.data, class_names)[1]
+        dataset = build_datasets(own.data, class_names, own.score_size)[1]
         stage = Stage(own)
         model = load_model(content, stage, str(path))
         source = stage.test_features(dataset)
         batches = tqdm(source.epoch(0), total=len(source), desc="evaluation", leave=False)
-        result = evaluate(model, batches, class_names, own.eval, size=own.data.input_size, amp=own.train.amp_enable)
+        parts.append(evaluate(model, batches, class_names, own.eval, size=own.score_size, amp=own.train.amp_enable))
         folder = folder or new_run(own)
-        classes |= result.classes
         save_pictures(stage, model, dataset, class_names, folder / "pictures")
     assert folder is not None
-    finish(folder, own, classes, None)
+    finish(folder, own, parts, None)
 
 
 def find_checkpoints(path: Path) -> list[Path]:

@@ -22,7 +22,6 @@ from test import EvalResult, Source, Stage, evaluate, finish, save_pictures
 from utils.checkpoint import read_checkpoint, write_checkpoint
 from utils.device import autocast
 from utils.log import RunLog, optional
-from utils.metrics import ClassResult
 from utils.runs import new_run, resumed_run, write_config
 from utils.schedule import learning_rate
 from utils.seed import random_state, restore_random_state
@@ -218,18 +217,18 @@ class Trainer:
         return saved["epoch"]
 
 
-def run_training(config: Config) -> None:
-    """Train one model for all classes, or one per class; write and show the table at the end."""
+def run_training(config: Config) -> Path:
+    """Train one model for all classes, or one per class; write and show the table at the end; the run folder."""
     class_names = resolve_classes(config.data)
     groups = [class_names] if config.data.multi_class else [(name,) for name in class_names]
-    prepared = [build_datasets(config.data, group) for group in groups]
+    prepared = [build_datasets(config.data, group, config.score_size) for group in groups]
     check_loggers(config.train)
     stage = Stage(config)
     sources = [stage.training_features(train) for train, _ in prepared]  # a batch larger than the data ends here
     folder = (resumed_run(config) if config.train.resume else None) or new_run(config)
     write_config(folder, config)
     print(f"{len(class_names)} classes, {sum(len(t) for t, _ in prepared)} training images; run folder: {folder}")
-    classes: dict[str, ClassResult] = {}
+    parts: list[EvalResult] = []
     best: dict[str, dict[str, float]] | None = None
     for group, (_, test_set), source in zip(groups, prepared, sources, strict=True):
         own = folder if config.data.multi_class else folder / group[0]
@@ -238,10 +237,11 @@ def run_training(config: Config) -> None:
             print(f"class {group[0]}")
         model = stage.build_model()
         fitted = fit_group(stage, model, group, source, test_set, own)
-        classes |= fitted.last.classes
+        parts.append(fitted.last)
         best = fitted.best_on_test if config.data.multi_class else None
         save_pictures(stage, model, test_set, group, folder / "pictures")
-    finish(folder, config, classes, best)
+    finish(folder, config, parts, best)
+    return folder
 
 
 def fit_group(
@@ -257,7 +257,7 @@ def fit_group(
 
     def evaluation(model: VQFlow) -> EvalResult:
         batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
-        return evaluate(model, batches, group, config.eval, size=config.data.input_size, amp=config.train.amp_enable)
+        return evaluate(model, batches, group, config.eval, size=config.score_size, amp=config.train.amp_enable)
 
     trainer = Trainer(
         config, model, features=training, steps=len(source), evaluate=evaluation, folder=folder,

@@ -50,9 +50,7 @@ def bootstrap(images: Mapping[str, tuple[ArrayLike, ArrayLike]], resamples: int,
         if y.any() and not y.all():
             drawn[name] = resampled_metrics(y, s, resamples, np.random.default_rng([seed, zlib.crc32(name.encode())]))
     mean = np.mean(list(drawn.values()), 0) if drawn else np.zeros((0, 3))
-    return Intervals(
-        resamples=resamples, classes={n: percentiles(v) for n, v in drawn.items()}, mean=percentiles(mean)
-    )
+    return Intervals(resamples=resamples, classes={n: percentiles(v) for n, v in drawn.items()}, mean=percentiles(mean))
 
 
 def percentiles(draws: NDArray) -> dict[str, Interval]:

@@ -26,7 +26,11 @@ def comparison_rows(dataset: str) -> list[Row]:
     The note says setting, protocol and source.
     """
     return [
-        (m["name"], _fractions(m["means"][dataset]), "; ".join(filter(None, (m["setting"], m["protocol"], m["source"]))))
+        (
+            m["name"],
+            _fractions(m["means"][dataset]),
+            "; ".join(filter(None, (m["setting"], m["protocol"], m["source"]))),
+        )
         for m in _methods()
         if dataset in m["means"]
     ]

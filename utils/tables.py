@@ -18,7 +18,6 @@ TITLES = {
     "pixel_ap": "P-AP", "pixel_f1max": "P-F1max", "aupro": "AUPRO", "mad": "mAD",
 }  # fmt: skip
 MEAN, BEST = "mean", "best on test"
-SUFFIXES = ("json", "csv", "md", "tex")
 LATEX = {
     "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
     "±": r"$\pm$", "²": r"$^2$",
@@ -105,7 +104,7 @@ def csv_text(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[st
 
 def terminal_page(tables: Sequence[Table], notes: Sequence[str]) -> str:
     """Tables one below the other, then the notes."""
-    return "\n".join(["\n\n".join(terminal(table) for table in tables), *notes])
+    return "\n\n".join([*map(terminal, tables), "\n".join(notes)])
 
 
 def markdown_page(tables: Sequence[Table], notes: Sequence[str]) -> str:
