@@ -60,7 +60,7 @@ class Run:
 def completed(row: Mapping[str, float | None]) -> dict[str, float]:
     """The seven metrics and their mean, null as NaN."""
     seven = {m: NAN if row.get(m) is None else float(row[m]) for m in METRICS}  # type: ignore[arg-type]
-    return seven | {"mad": nanmean(list(seven.values()))}
+    return seven | {"mad": sum(seven.values()) / len(METRICS)}
 
 
 def read_run(path: str | Path) -> Run:
@@ -158,6 +158,8 @@ def summarize_seeds(config: Config, folders: Sequence[Path]) -> str:
         "best_on_test": {}, "config": to_dict(config), "seeds": config.run.seeds, "runs": [str(f) for f in folders],
     }  # fmt: skip
     notes = [f"mean ± standard deviation (n - 1) over the seeds {seeds}; last epoch"]
+    if any(value != value for entry in entries for value, _ in entry.row.values()):
+        notes.append("-: not defined for the class, left out of the mean")
     return write_entries(folder, "results", content, [*entries, mean], notes=notes, first="class")
 
 
