@@ -7,10 +7,17 @@ BIN := .venv/bin
 endif
 PY := $(BIN)/python
 
-.PHONY: help setup demo test lint types check clean
+# More flags for the paper's tables, the last one of a kind counts: make ablation ARGS="--preset cpu --seeds 1 2 3"
+ARGS ?=
+ABLATION_DIR ?= work_dirs/ablation
+ABLATION = $(PY) main.py --preset paper-mvtec --resume $(ARGS) --work-dir $(ABLATION_DIR)
+
+.PHONY: help setup demo paper-mvtec paper-visa ablation benchmark-metrics test lint types check clean
 
 help:
 	@echo "make demo    train and evaluate on the built-in sample (about 4 minutes on 2 cores)"
+	@echo "make paper-mvtec, make paper-visa, make ablation    train, evaluate and write a table of the paper;"
+	@echo "             flags in ARGS, for example ARGS='--seeds 1 2 3'"
 	@echo "make test    run the test suite"
 	@echo "make setup   virtual environment and dependencies only"
 	@echo "make lint    ruff;  make types: mypy;  make check: lint, types and tests"
@@ -26,6 +33,25 @@ setup: .venv/ready
 
 demo: setup
 	$(PY) main.py --preset sample
+
+paper-mvtec: setup
+	$(PY) main.py --preset paper-mvtec $(ARGS)
+
+paper-visa: setup
+	$(PY) main.py --preset paper-visa $(ARGS)
+
+# What was finished is not trained again; other settings need another ABLATION_DIR.
+ablation: setup
+	$(ABLATION) --name plain --no-quantize-enable --no-concat-pos --no-mixed-gaussian
+	$(ABLATION) --name cpc --no-pattern-quantize --no-concat-pos --no-mixed-gaussian
+	$(ABLATION) --name cpc-naive --quantize-type naive --no-concat-pos --no-mixed-gaussian
+	$(ABLATION) --name cpc-residual --no-concat-pos --no-mixed-gaussian
+	$(ABLATION) --name cpc-residual-pos --no-mixed-gaussian
+	$(ABLATION) --name cpc-residual-pos-mixed
+	$(PY) main.py --mode table $(ABLATION_DIR)/*-seed[0-9]* --work-dir $(ABLATION_DIR)
+
+benchmark-metrics: setup
+	$(PY) benchmarks/metrics.py
 
 test: setup
 	$(PY) -m pytest

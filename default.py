@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -23,6 +24,7 @@ VISA_CLASSES = (
     "pipe_fryum",
 )  # fmt: skip
 DATASETS = ("mvtec", "visa", "folder", "sample")
+PUBLISHED = ("mvtec", "visa")  # data sets that others have published figures of
 SCORES = ("mul", "add", "likelihood")
 
 
@@ -31,7 +33,10 @@ class UsageError(ValueError):
 
 
 def option(default: Any, text: str, *, choices: tuple = (), low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field that is also a command-line flag; `low` and `high` are inclusive bounds."""
+    """A dataclass field that is also a command-line flag; `low` and `high` are inclusive bounds.
+
+    None as default of a switch: on or off as other settings say.
+    """
     return field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
 
 
@@ -205,6 +210,19 @@ class EvalConfig(Part):
     pro_score: str = option("mul", "map that AUPRO is made of", choices=SCORES)
     top_k: float = option(0.03, "share of the highest pixels whose mean is the image score", low=1e-6, high=1.0)
     fpr_limit: float = option(0.3, "false-positive rate up to which AUPRO is integrated", low=1e-4, high=1.0)
+    eval_size: int | None = option(
+        None,
+        "side of score maps and masks in evaluation; a mask is resized from its file by nearest neighbour, and a pixel "
+        "is defective where the result is > 0.5 (default: the input size)",
+        low=8,
+        high=4096,
+    )
+    bootstrap: int = option(
+        0, "resamples of the test images for 95 %% intervals of the image metrics; 0: none", low=0, high=1_000_000
+    )
+    compare: bool | None = option(
+        None, "show published figures beside the results (default: on for mvtec and visa, which have some)"
+    )
     pictures: int = option(4, "pictures per class and kind of defect (image, score map, mask)", low=0)
     report: bool = option(True, "write report.html into the run folder")
 
@@ -213,10 +231,28 @@ class EvalConfig(Part):
 class RunConfig(Part):
     """Where and on what the program runs."""
 
-    mode: str = option("train", "what to do", choices=("train", "test"))
+    mode: str = option("train", "what to do", choices=("train", "test", "table"))
+    runs: tuple[str, ...] = option((), "run folders that --mode table gathers into one table")
     work_dir: str = option("work_dirs", "folder for run folders")
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
+    name: str | None = option(None, "start of the run folder's name (default: data set, extractor and multi or single)")
     seed: int = option(9826, "seed of every random choice", low=0, high=2**32 - 1)
+    seeds: tuple[int, ...] = option(
+        (), "train once with each of these seeds and summarize: mean and standard deviation", low=0, high=2**32 - 1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.runs and self.mode != "table":
+            raise UsageError(f"RUN: run folders are for --mode table alone, but got {self.runs[0]!r}")
+        if self.mode == "table" and not self.runs:
+            raise UsageError("RUN: expected run folders after --mode table, but got none")
+        if self.seeds and self.mode != "train":
+            raise UsageError(f"--seeds: trains one model per seed, so it needs --mode train, but got {self.mode}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UsageError(f"--seeds: expected different seeds, but got {' '.join(map(str, self.seeds))}")
+        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise UsageError(f"--name: expected letters, digits, '_', '.' and '-', but got {self.name!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +270,20 @@ class Config:
             raise UsageError("--eval_ckpt: expected a checkpoint file in --mode test, but got none")
         if self.train.noise and not self.model.standardize:
             raise UsageError("--noise: works on standardized features, but --no-standardize was given")
+        if self.eval.compare and self.data.dataset not in PUBLISHED:
+            raise UsageError(
+                f"--compare: there are published figures for {', '.join(PUBLISHED)}, not for {self.data.dataset}"
+            )
+
+    @property
+    def score_size(self) -> int:
+        """Side of score maps and masks in evaluation."""
+        return self.eval.eval_size or self.data.input_size
+
+    @property
+    def compared(self) -> bool:
+        """Whether published figures stand beside the results."""
+        return self.data.dataset in PUBLISHED if self.eval.compare is None else self.eval.compare
 
 
 PARTS: dict[str, type[Part]] = {

@@ -8,7 +8,8 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from default import PARTS, PRESETS, Config, UsageError, __version__, expect, flag_of, make_config, to_dict
@@ -55,9 +56,12 @@ def build_parser() -> Parser:
 def add_flag(group: Any, entry: Field) -> None:
     """The flag of one field, with its default in the help text."""
     kind, meta = str(entry.type), entry.metadata
-    text = meta["help"] + (f" (default: {shown(entry.default)})" if entry.default is not None else "")
+    if entry.name == "runs":
+        group.add_argument(entry.name, nargs="*", metavar="RUN", help=meta["help"])
+        return
+    text = meta["help"] + (f" (default: {shown(entry.default)})" if entry.default not in (None, ()) else "")
     names = list(dict.fromkeys([flag_of(entry.name), "--" + entry.name.replace("_", "-")]))
-    if kind == "bool":
+    if kind.startswith("bool"):
         group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
         return
     of = int if "int" in kind else float if "float" in kind else str
@@ -86,6 +90,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, dict[str, Any], bool]:
     if preset is not None:
         expect("--preset", preset, tuple(PRESETS))
         chosen = PRESETS[preset] | chosen
+    if "seed" in chosen and "seeds" in chosen:
+        raise UsageError("--seed: --seeds was given too; use one of them")
     config = make_config(**chosen)
     refuse_void(config, typed)
     return config, chosen, dry
@@ -128,11 +134,26 @@ def run(argv: Sequence[str]) -> None:
     if config.run.mode == "train":
         from train import run_training
 
-        run_training(config)
+        for_each_seed(config, run_training)
+    elif config.run.mode == "table":
+        from utils.gather import gather_runs
+
+        print(gather_runs(config))
     else:
         from test import run_test
 
         run_test(config, chosen)
+
+
+def for_each_seed(config: Config, train: Callable[[Config], Path]) -> None:
+    """Train once, or once with each of --seeds and summarize the run folders."""
+    if not config.run.seeds:
+        train(config)
+        return
+    folders = [train(replace(config, run=replace(config.run, seed=s, seeds=()))) for s in config.run.seeds]
+    from utils.gather import summarize_seeds
+
+    print(summarize_seeds(config, folders))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

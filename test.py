@@ -25,16 +25,18 @@ from default import Config, EvalConfig, ModelConfig, UsageError, from_dict, make
 from models.extractor import FrozenExtractor
 from models.official import is_official, load_official, load_strictly
 from models.vqflow import VQFlow, VQFlowOutput, pool_features
+from utils.bootstrap import bootstrap
 from utils.checkpoint import FORMAT, read_checkpoint
 from utils.device import autocast, resolve_device
 from utils.gallery import ImageResult, Look, Views, calibrate
 from utils.metrics import ClassAccumulator, ClassResult, mean_results
 from utils.plots import save_picture, triptych
+from utils.published import comparison_rows
 from utils.report import ClassPage, Curves, class_page, curves_of, report_run
+from utils.results import Results, write_results
 from utils.runs import check_writable, new_run, write_config
 from utils.scoring import ScoreMaps, image_scores, score_maps
 from utils.seed import seed_everything
-from utils.tables import format_table, write_tables
 
 Source = LiveFeatures | CachedFeatures
 
@@ -104,7 +106,7 @@ class Stage:
             return LiveFeatures(loader, self.extract, self.device)
         key = cache_key(
             dataset, extractor=self.fingerprint, pool=self.config.model.pool_type, size=dataset.input_size,
-            amp=self.config.train.amp_enable,
+            masks=dataset.mask_size, amp=self.config.train.amp_enable,
         )  # fmt: skip
         return cached_features(
             loader, self._ordered(dataset), self.extract, device=self.device, root=self.cache, key=key,
@@ -220,6 +222,7 @@ def save_pictures(stage: Stage, model: VQFlow, dataset: ImageFolder, class_names
     One colour scale per class: from the median of its good images to the highest value shown.
     """
     config = stage.config.eval
+    dataset = ImageFolder(dataset.items, dataset.input_size)  # masks at the pictures' size
     look = look_at(stage, model, dataset)
     chosen: dict[int, dict[str, list[int]]] = {}
     for number, item in enumerate(dataset.items):
@@ -246,17 +249,24 @@ def save_pictures(stage: Stage, model: VQFlow, dataset: ImageFolder, class_names
 def finish(
     folder: Path,
     config: Config,
-    classes: dict[str, ClassResult],
+    parts: Sequence[EvalResult],
     best: dict[str, dict[str, float]] | None,
     pages: dict[str, ClassPage],
 ) -> None:
-    """Write the tables into the run folder and show them; write the report of `pages` if there are any."""
-    write_tables(folder, classes, best_on_test=best, config=to_dict(config))
-    print(format_table(classes, best_on_test=best))
-    scores = f"image {config.eval.image_score}, pixel {config.eval.pixel_score}, AUPRO {config.eval.pro_score}"
-    print(f"scores: {scores}; size {config.data.input_size}; last epoch\nrun folder: {folder}")
+    """Write the tables of all `parts` (one, or one per single-class model) and the report into the run folder."""
+    classes = {name: result for part in parts for name, result in part.classes.items()}
+    by_name: dict[str, list[ImageResult]] = {name: [] for name in classes}
+    for image in (image for part in parts for image in part.images):
+        by_name[image.class_name].append(image)
+    drawn = {name: ([i.label for i in images], [i.score for i in images]) for name, images in by_name.items()}
+    count = config.eval.bootstrap
+    intervals = bootstrap(drawn, count, config.run.seed) if count else None
+    print(write_results(folder, Results(classes=classes, best_on_test=best, intervals=intervals, config=config)))
+    print(f"run folder: {folder}")
     if pages:
-        print(f"report: {report_run(folder, pages, to_dict(config), shared_model=config.data.multi_class)}")
+        rows = comparison_rows(config.data.dataset) if config.compared else []
+        shared = config.data.multi_class
+        print(f"report: {report_run(folder, pages, to_dict(config), shared_model=shared, published=rows)}")
 
 
 def run_test(config: Config, chosen: dict[str, Any]) -> None:
@@ -268,27 +278,26 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
     """
     assert config.eval.eval_ckpt is not None
     folder: Path | None = None
-    classes: dict[str, ClassResult] = {}
+    parts: list[EvalResult] = []
     pages: dict[str, ClassPage] = {}
     paths = find_checkpoints(Path(config.eval.eval_ckpt), config.data.class_names)
     for path in paths:
         content = read_checkpoint(path)
         own = settled_config(content, config, chosen, str(path))
         class_names = resolve_classes(own.data)
-        datasets = build_datasets(own.data, class_names)
+        datasets = build_datasets(own.data, class_names, own.score_size)
         stage = Stage(own)
         model = load_model(content, stage, str(path))
         source = stage.test_features(datasets[1])
         batches = tqdm(source.epoch(0), total=len(source), desc="evaluation", leave=False)
-        result = evaluate(model, batches, class_names, own.eval, size=own.data.input_size, amp=own.train.amp_enable)
+        parts.append(evaluate(model, batches, class_names, own.eval, size=own.score_size, amp=own.train.amp_enable))
         folder = folder or new_run(own)
-        classes |= result.classes
         save_pictures(stage, model, datasets[1], class_names, folder / "pictures")
-        pages |= report_pages(stage, model, datasets, result, len(class_names) * len(paths))
+        pages |= report_pages(stage, model, datasets, parts[-1], len(class_names) * len(paths))
     assert folder is not None
-    own = replace(own, data=replace(own.data, class_names=tuple(classes)))
+    own = replace(own, data=replace(own.data, class_names=tuple(n for part in parts for n in part.classes)))
     write_config(folder, own)
-    finish(folder, own, classes, None, pages)
+    finish(folder, own, parts, None, pages)
 
 
 def find_checkpoints(path: Path, class_names: Sequence[str]) -> list[Path]:

@@ -22,7 +22,6 @@ from test import EvalResult, Source, Stage, evaluate, finish, report_pages, save
 from utils.checkpoint import read_checkpoint, write_checkpoint
 from utils.device import autocast
 from utils.log import RunLog, optional
-from utils.metrics import ClassResult
 from utils.report import ClassPage
 from utils.runs import new_run, resumed_run, write_config
 from utils.schedule import learning_rate
@@ -219,11 +218,11 @@ class Trainer:
         return saved["epoch"]
 
 
-def run_training(config: Config) -> None:
-    """Train one model for all classes, or one per class; write and show the table at the end."""
+def run_training(config: Config) -> Path:
+    """Train one model for all classes, or one per class; write and show the table at the end; the run folder."""
     class_names = resolve_classes(config.data)
     groups = [class_names] if config.data.multi_class else [(name,) for name in class_names]
-    prepared = [build_datasets(config.data, group) for group in groups]
+    prepared = [build_datasets(config.data, group, config.score_size) for group in groups]
     check_loggers(config.train)
     stage = Stage(config)
     sources = [stage.training_features(train) for train, _ in prepared]  # a batch larger than the data ends here
@@ -234,7 +233,7 @@ def run_training(config: Config) -> None:
     folder = folder or new_run(config)
     write_config(folder, config)
     print(f"{len(class_names)} classes, {sum(len(t) for t, _ in prepared)} training images; run folder: {folder}")
-    classes: dict[str, ClassResult] = {}
+    parts: list[EvalResult] = []
     pages: dict[str, ClassPage] = {}
     best: dict[str, dict[str, float]] | None = None
     for group, datasets, source in zip(groups, prepared, sources, strict=True):
@@ -244,11 +243,12 @@ def run_training(config: Config) -> None:
             print(f"class {group[0]}")
         model = stage.build_model()
         fitted = fit_group(stage, model, group, source, datasets[1], own)
-        classes |= fitted.last.classes
+        parts.append(fitted.last)
         best = fitted.best_on_test if config.data.multi_class else None
         save_pictures(stage, model, datasets[1], group, folder / "pictures")
         pages |= report_pages(stage, model, datasets, fitted.last, len(class_names))
-    finish(folder, config, classes, best, pages)
+    finish(folder, config, parts, best, pages)
+    return folder
 
 
 def fit_group(
@@ -264,7 +264,7 @@ def fit_group(
 
     def evaluation(model: VQFlow) -> EvalResult:
         batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
-        return evaluate(model, batches, group, config.eval, size=config.data.input_size, amp=config.train.amp_enable)
+        return evaluate(model, batches, group, config.eval, size=config.score_size, amp=config.train.amp_enable)
 
     trainer = Trainer(
         config, model, features=training, steps=len(source), evaluate=evaluation, folder=folder,

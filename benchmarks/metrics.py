@@ -152,13 +152,17 @@ def stream(count: int, size: int, seed: int) -> None:
 
 
 def peak_memory(count: int, arguments: argparse.Namespace) -> float:
-    """MiB at the peak of a process of its own that evaluates `count` maps."""
+    """MiB at the peak of a process of its own that evaluates `count` maps.
+
+    A child's peak starts from what its parent held, so this comes before the parent makes its maps.
+    """
     command = [sys.executable, __file__, "--stream", str(count), "--size", str(arguments.size)]
     command += ["--seed", str(arguments.seed), "--threads", str(arguments.threads)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024
 
 
 def report(arguments: argparse.Namespace) -> None:
+    few, many = peak_memory(100, arguments), peak_memory(2000, arguments)
     parts = list(batches(arguments.count, arguments.size, arguments.seed))
     case: Case = tuple(np.concatenate([part[i] for part in parts]) for i in range(4))  # type: ignore[assignment]
     del parts
@@ -181,7 +185,6 @@ def report(arguments: argparse.Namespace) -> None:
         worst = max(abs(getattr(results[name], m) - reference[m]) for m in METRICS if m in reference)
         print(f"{name}: largest deviation of AUROC, AP and AUPRO from the exact sort {worst:.1e}")
     print(f"AUPRO exact {aupro:.5f}, (a) {results['(a) 800 steps']:.5f}, (c) {results['(c) 200 steps']:.5f}")
-    few, many = peak_memory(100, arguments), peak_memory(2000, arguments)
     print(f"peak memory: 100 maps {few:.0f} MiB, 2000 maps {many:.0f} MiB, ratio {many / few:.3f}")
 
 

@@ -49,8 +49,10 @@ def resolve_classes(data: DataConfig) -> tuple[str, ...]:
     return known if "all" in data.class_names else tuple(name for name in known if name in data.class_names)
 
 
-def build_datasets(data: DataConfig, class_names: tuple[str, ...]) -> tuple[ImageFolder, ImageFolder]:
-    """Training and test images of the classes, in deterministic order.
+def build_datasets(
+    data: DataConfig, class_names: tuple[str, ...], mask_size: int | None = None
+) -> tuple[ImageFolder, ImageFolder]:
+    """Training and test images of the classes, in deterministic order; the latter with masks at `mask_size`.
 
     Raises:
         UsageError: a class's folder is missing or incomplete.
@@ -62,7 +64,7 @@ def build_datasets(data: DataConfig, class_names: tuple[str, ...]) -> tuple[Imag
         found = SPECS[data.dataset].scan(root / name, index)
         train += limited(found[0], data.limit)
         test += limited(found[1], data.limit)
-    return ImageFolder(train, data.input_size), ImageFolder(test, data.input_size)
+    return ImageFolder(train, data.input_size), ImageFolder(test, data.input_size, mask_size)
 
 
 def limited(items: list[Item], limit: int | None) -> list[Item]:

@@ -84,7 +84,7 @@ class CachedFeatures:
     def read(self, indices: Sequence[int]) -> FeatureBatch:
         """The images of these numbers, features in float32."""
         items = [self.dataset.items[i] for i in indices]
-        side = self.dataset.input_size
+        side = self.dataset.mask_size
         masks = np.unpackbits(self.masks[indices], axis=1, count=side * side).reshape(-1, side, side)
         return FeatureBatch(
             features=[torch.from_numpy(level[indices]).to(self.device).float() for level in self.levels],

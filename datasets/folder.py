@@ -34,7 +34,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image: `image` (3, S, S) float32 normalised, `mask` (S, S) bool, the rest as in `Item`."""
+    """One image: `image` (3, S, S) float32 normalised, `mask` (M, M) bool, the rest as in `Item`."""
 
     image: Tensor
     mask: Tensor
@@ -45,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """`image` (B, 3, S, S) float32, `mask` (B, S, S) bool, `label` and `class_index` (B,) int64, `path` B names."""
+    """`image` (B, 3, S, S) float32, `mask` (B, M, M) bool, `label` and `class_index` (B,) int64, `path` B names."""
 
     image: Tensor
     mask: Tensor
@@ -84,19 +84,19 @@ class DatasetSpec:
 
 
 class ImageFolder(Dataset[Sample]):
-    """The images of some items at one size."""
+    """The images of some items at one size, their masks at that size too unless `mask_size` says another one."""
 
-    def __init__(self, items: Sequence[Item], input_size: int) -> None:
-        self.items, self.input_size = tuple(items), input_size
+    def __init__(self, items: Sequence[Item], input_size: int, mask_size: int | None = None) -> None:
+        self.items, self.input_size, self.mask_size = tuple(items), input_size, mask_size or input_size
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Sample:
-        item, size = self.items[index], self.input_size
+        item, size = self.items[index], self.mask_size
         mask = torch.zeros(size, size, dtype=torch.bool) if item.mask_path is None else load_mask(item.mask_path, size)
         return Sample(
-            image=load_image(item.path, size),
+            image=load_image(item.path, self.input_size),
             mask=mask,
             label=item.label,
             class_index=item.class_index,

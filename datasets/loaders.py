@@ -34,7 +34,7 @@ class Guarded(torch.utils.data.Dataset):
     """Hands the user's errors through worker processes as values, which `collate_guarded` raises in the main one."""
 
     def __init__(self, dataset: ImageFolder) -> None:
-        self.dataset, self.items, self.input_size = dataset, dataset.items, dataset.input_size
+        self.dataset, self.items, self.mask_size = dataset, dataset.items, dataset.mask_size
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -1,6 +1,9 @@
 """All seven metrics against scikit-learn, a brute force and themselves; the sketch on hard distributions."""
 
 import math
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -195,3 +198,41 @@ def test_wrong_input_is_refused() -> None:
         evaluate_maps(labels, scores, masks, np.where(maps > 1, np.nan, maps))
     with pytest.raises(ValueError, match="fpr_limit: expected"):
         evaluate_maps(labels, scores, masks, maps, 0.0)
+
+
+def accumulated(seed: int) -> ClassAccumulator:
+    """What one process of several makes of its images."""
+    labels, scores, masks, maps = case(seed)
+    accumulator = ClassAccumulator()
+    accumulator.update(labels=labels, scores=scores, masks=masks, maps=maps, pro_maps=-maps)
+    return accumulator
+
+
+def test_accumulators_add_up_across_processes() -> None:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        parts = list(pool.map(accumulated, range(4)))
+    joined, alone = ClassAccumulator(), ClassAccumulator()
+    for seed, part in enumerate(parts):
+        joined.merge(part)
+        alone.merge(accumulated(seed))
+    assert joined.compute() == alone.compute()
+    assert pickle.loads(pickle.dumps(joined)).compute() == joined.compute()
+
+
+def test_merged_thinned_sketches_stay_within_1e_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four processes with more scores each than the buffer holds, of different places."""
+    rng = np.random.default_rng(2)
+    masks = np.zeros((4, 8, 160, 160), bool)
+    masks[:, ::2, 30:70, 40:90] = True
+    maps = (np.exp(3 * rng.normal(size=masks.shape)) * (1 + np.arange(4))[:, None, None, None] + 9 * masks).astype("f")
+    labels, scores = masks.any((2, 3)), maps.max((2, 3))
+    expected = evaluate_maps(labels.ravel(), scores.ravel(), masks.reshape(-1, 160, 160), maps.reshape(-1, 160, 160))
+    monkeypatch.setattr(sketch, "BUFFER", 1 << 17)
+    joined = ClassAccumulator()
+    for label_, score, mask, values in zip(labels, scores, masks, maps, strict=True):
+        part = ClassAccumulator()
+        part.update(labels=label_, scores=score, masks=mask, maps=values)
+        joined.merge(part)
+    assert joined.negative._thinned
+    got = joined.compute()
+    assert [getattr(got, m) for m in METRICS] == pytest.approx([getattr(expected, m) for m in METRICS], abs=1e-4)

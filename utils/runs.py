@@ -12,15 +12,18 @@ from default import Config, UsageError, to_dict
 FREE = {
     "data": {"workers", "data_path", "pre_extract"},
     "train": {"resume", "meta_epochs", "tensorboard", "wandb_enable"},
-    "run": {"device", "work_dir", "mode"},
+    "eval": {"bootstrap", "compare", "pictures", "loc_eval", "pro_eval", "pro_eval_interval"},
+    "run": {"device", "work_dir", "mode", "runs", "seeds"},
 }
 
 
 def run_name(config: Config) -> str:
-    """mvtec-convnextv2_base-multi-seed9826, or with test- before it."""
+    """mvtec-convnextv2_base-multi-seed9826 or NAME-seed9826 with --name, -seeds1_2_3 at its end for several seeds, or
+    with test- before it."""
     classes = "multi" if config.data.multi_class else "single"
     extractor = re.sub(r"[^\w.-]", "_", config.model.extractor)
-    name = f"{config.data.dataset}-{extractor}-{classes}-seed{config.run.seed}"
+    seeds = f"seeds{'_'.join(map(str, config.run.seeds))}" if config.run.seeds else f"seed{config.run.seed}"
+    name = f"{config.run.name or f'{config.data.dataset}-{extractor}-{classes}'}-{seeds}"
     return f"test-{name}" if config.run.mode == "test" else name
 
 
@@ -51,13 +54,19 @@ def existing_runs(work_dir: Path, name: str) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def new_run(config: Config) -> Path:
-    """A fresh run folder with config.json in it."""
-    work_dir, name = check_writable(config.run.work_dir), run_name(config)
-    number = max(existing_runs(work_dir, name), default=0) + 1
-    while (folder := work_dir / (name if number == 1 else f"{name}-{number}")).exists():  # a file of that name
+def new_folder(work_dir: str | Path, name: str) -> Path:
+    """An empty folder in the work folder: name, or name-2, name-3, ... where there are such folders."""
+    parent = check_writable(work_dir)
+    number = max(existing_runs(parent, name), default=0) + 1
+    while (folder := parent / (name if number == 1 else f"{name}-{number}")).exists():  # a file of that name
         number += 1
     folder.mkdir()
+    return folder
+
+
+def new_run(config: Config) -> Path:
+    """A fresh run folder with config.json in it."""
+    folder = new_folder(config.run.work_dir, run_name(config))
     write_config(folder, config)
     return folder
 

@@ -1,17 +1,15 @@
-"""Result tables: terminal, JSON, CSV, Markdown and LaTeX, one row a class and their mean."""
+"""Tables of ready texts, and how they look in a terminal, in Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.log import plain
-from utils.metrics import METRICS, ClassResult, mean_results
+from utils.metrics import METRICS, ClassResult
 
 # The paper's two columns first.
 COLUMNS = ("image_auroc", "pixel_auroc", *(m for m in METRICS if m not in ("image_auroc", "pixel_auroc")), "mad")
@@ -20,7 +18,25 @@ TITLES = {
     "pixel_ap": "P-AP", "pixel_f1max": "P-F1max", "aupro": "AUPRO", "mad": "mAD",
 }  # fmt: skip
 MEAN, BEST = "mean", "best on test"
-Best = Mapping[str, Mapping[str, float]]
+LATEX = {
+    "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
+    "±": r"$\pm$", "²": r"$^2$",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows (name, column -> text); a text that is not there is shown as `-`. `columns` are keys of TITLES or titles."""
+
+    rows: Sequence[tuple[str, Mapping[str, str]]]
+    columns: Sequence[str]
+    first: str = "class"
+    title: str = ""
+
+    def lines(self) -> list[list[str]]:
+        """Header and body, cell by cell."""
+        head = [self.first, *(TITLES.get(c, c) for c in self.columns)]
+        return [head, *([name, *(row.get(c, "-") for c in self.columns)] for name, row in self.rows)]
 
 
 def values(result: ClassResult) -> dict[str, float]:
@@ -28,59 +44,55 @@ def values(result: ClassResult) -> dict[str, float]:
     return {name: getattr(result, name) for name in COLUMNS}
 
 
-def result_rows(classes: Mapping[str, ClassResult], best: Best | None) -> list[tuple[str, dict[str, float]]]:
-    """Classes, their mean, and each metric's best mean on the test set over all evaluations, if known."""
-    rows = [(name, values(result)) for name, result in classes.items()]
-    rows.append((MEAN, values(mean_results(classes))))
-    if best:
-        rows.append((BEST, {name: best[name]["value"] if name in best else float("nan") for name in COLUMNS}))
-    return rows
-
-
 def percent(value: float) -> str:
     """One decimal, - for NaN."""
     return f"{100 * value:.1f}" if value == value else "-"
 
 
-def format_rows(rows: Sequence[tuple[str, Mapping[str, str]]], columns: Sequence[str], *, first: str = "class") -> str:
+def with_interval(value: float, interval: tuple[float, float] | None) -> str:
+    """98.8 [97.1, 99.6]."""
+    return percent(value) if interval is None else f"{percent(value)} [{percent(interval[0])}, {percent(interval[1])}]"
+
+
+def with_deviation(value: float, deviation: float) -> str:
+    """98.8 ± 0.3, the mean alone where there is no deviation."""
+    return f"{percent(value)} ± {percent(deviation)}" if deviation == deviation else percent(value)
+
+
+def terminal(table: Table) -> str:
     """Aligned plain text; the first column left, the others right."""
-    titles = [TITLES.get(c, c) for c in columns]
-    lines = [[first, *titles]] + [[name, *(row.get(c, "-") for c in columns)] for name, row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(titles) + 1)]
+    lines = table.lines()
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join([line[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines
     ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+    return "\n".join([*([table.title] if table.title else []), text[0], "-" * len(text[0]), *text[1:]])
 
 
-def format_table(classes: Mapping[str, ClassResult], *, best_on_test: Best | None = None) -> str:
-    """The terminal's table in per cent."""
-    rows = [(name, {c: percent(v) for c, v in row.items()}) for name, row in result_rows(classes, best_on_test)]
-    return format_rows(rows, COLUMNS)
+def markdown(table: Table) -> str:
+    """A Markdown table under its title."""
+    head, *body = table.lines()
+    lines = [head, ["---", *("---:" for _ in table.columns)], *body]
+    title = f"**{table.title}**\n\n" if table.title else ""
+    return title + "".join("| " + " | ".join(c.replace("|", r"\|") for c in line) + " |\n" for line in lines)
 
 
-def markdown(rows: Sequence[tuple[str, Mapping[str, str]]], columns: Sequence[str], *, first: str = "class") -> str:
-    """A Markdown table of ready texts."""
-    head = [first, *(TITLES.get(c, c) for c in columns)]
-    lines = [head, ["---", *("---:" for _ in columns)], *([n, *(r.get(c, "-") for c in columns)] for n, r in rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+def latex_text(text: str) -> str:
+    """Special characters escaped."""
+    return "".join(LATEX.get(c, c) for c in text)
 
 
-def latex(rows: Sequence[tuple[str, Mapping[str, str]]], columns: Sequence[str], *, first: str = "class") -> str:
-    """A LaTeX tabular of ready texts (package booktabs)."""
-
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join(c.replace("_", r"\_").replace("%", r"\%").replace("±", r"$\pm$") for c in cells) + r" \\"
-
-    body = [line([name, *(row.get(c, "-") for c in columns)]) for name, row in rows]
-    head = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
-    head += [line([first, *(TITLES.get(c, c) for c in columns)]), r"\midrule"]
-    return "\n".join([*head, *body, r"\bottomrule", r"\end{tabular}", ""])
+def latex(table: Table) -> str:
+    """A LaTeX tabular (package booktabs), its title as a comment."""
+    head, *body = (" & ".join(map(latex_text, line)) + r" \\" for line in table.lines())
+    title = [f"% {table.title}"] if table.title else []
+    start = [rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule", head, r"\midrule"]
+    return "\n".join([*title, *start, *body, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def csv_text(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str], *, first: str = "class") -> str:
-    """Comma-separated values under the metrics' names; empty for NaN."""
+    """Comma-separated values under the columns' keys; empty for NaN and for what is not there."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([first, *columns])
@@ -90,35 +102,23 @@ def csv_text(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[st
     return out.getvalue()
 
 
-def results_json(
-    classes: Mapping[str, ClassResult], *, best_on_test: Best | None, config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """`{"classes": {name: metrics}, "mean": metrics, "best_on_test": {metric: {value, epoch}}, "config": ...}`.
-
-    Fractions; NaN as null.
-    """
-    return plain(
-        {
-            "classes": {name: asdict(result) for name, result in classes.items()},
-            "mean": asdict(mean_results(classes)),
-            "best_on_test": best_on_test or {},
-            "config": config,
-        }
-    )
+def terminal_page(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Tables one below the other, then the notes."""
+    return "\n\n".join([*map(terminal, tables), "\n".join(notes)])
 
 
-def write_tables(
-    folder: Path, classes: Mapping[str, ClassResult], *, best_on_test: Best | None, config: Mapping[str, Any]
-) -> None:
-    """results.json and .csv in fractions, results.md and .tex in per cent."""
-    rows = result_rows(classes, best_on_test)
-    shown = [(name, {c: percent(v) for c, v in row.items()}) for name, row in rows]
-    content = results_json(classes, best_on_test=best_on_test, config=config)
-    texts = {
-        "results.json": json.dumps(content, indent=2) + "\n",
-        "results.csv": csv_text(rows, COLUMNS),
-        "results.md": markdown(shown, COLUMNS),
-        "results.tex": latex(shown, COLUMNS),
-    }
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+def markdown_page(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Tables one below the other, then the notes as a list."""
+    listed = "".join(f"- {note}\n" for note in notes)
+    return "\n".join([*(markdown(table) for table in tables), *([listed] if listed else [])])
+
+
+def latex_page(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Tables one below the other, then the notes as comments."""
+    return "\n".join(map(latex, tables)) + "".join(f"% {note}\n" for note in notes)
+
+
+def write_all(folder: Path, stem: str, texts: Mapping[str, str]) -> None:
+    """One file for each suffix of `texts`, named `stem`."""
+    for suffix, text in texts.items():
+        (folder / f"{stem}.{suffix}").write_text(text, encoding="utf-8", newline="\n")
