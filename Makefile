@@ -11,6 +11,7 @@ PY := $(BIN)/python
 ARGS ?=
 ABLATION_DIR ?= work_dirs/ablation
 ABLATION = $(PY) main.py --preset paper-mvtec --resume $(ARGS) --work-dir $(ABLATION_DIR)
+ABLATION_RUNS = $(foreach name,plain cpc cpc-naive cpc-residual cpc-residual-pos cpc-residual-pos-mixed,$(ABLATION_DIR)/$(name)-seed[0-9]*)
 
 .PHONY: help setup demo paper-mvtec paper-visa ablation benchmark-metrics test lint types check clean
 
@@ -48,7 +49,7 @@ ablation: setup
 	$(ABLATION) --name cpc-residual --no-concat-pos --no-mixed-gaussian
 	$(ABLATION) --name cpc-residual-pos --no-mixed-gaussian
 	$(ABLATION) --name cpc-residual-pos-mixed
-	$(PY) main.py --mode table $(ABLATION_DIR)/*-seed[0-9]* --work-dir $(ABLATION_DIR)
+	$(PY) main.py --mode table $(ABLATION_RUNS) --work-dir $(ABLATION_DIR)
 
 benchmark-metrics: setup
 	$(PY) benchmarks/metrics.py

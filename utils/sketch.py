@@ -1,14 +1,14 @@
-"""How much mass lies at or above every score, in memory that does not grow with the number of scores.
+"""How much mass lies at or above every score, in memory of fixed size (but for a logarithm of their number).
 
-Up to `BUFFER` scores are kept as they are: small inputs are exact. Beyond that only boundaries are kept, and counting
-between them is exact. Boundaries are dense in rank from the top: around the R-th highest score they are about
-max(1, R / RESOLUTION) scores apart, whatever the distribution, as only the order of scores counts. Ties need one
-boundary, however many they are. Where later scores crowd between two boundaries, new ones are put there; the mass
-counted there before is taken to lie at the lower end. It was at most two gaps, and it takes twice that mass to split
-a gap again, so that the relative error of a cumulative count is at most 2 (1 + 1/2 + 1/4 + ...) / RESOLUTION = 1.2e-4
-in the worst case, for scores that arrive in the worst order, and none at a boundary that was there from the start. A
-relative error e of both counts changes a precision p by at most 2 e p (1 - p), and an AUROC by at most e of what is
-missing to 1.
+Up to `BUFFER` scores (an eighth of them where they have masses) are kept as they are: small inputs are exact. Beyond
+that only boundaries are kept, and counting between them is exact. Boundaries are dense in rank from the top: around the
+R-th highest score they are about max(1, R / RESOLUTION) scores apart, whatever the distribution, as only the order of
+scores counts. Ties need one boundary, however many they are. Where later scores crowd between two boundaries, new ones
+are put there; the mass counted there before is taken to lie at the lower end. It was at most two gaps, and it takes
+twice that mass to split a gap again, so that the relative error of a cumulative count is at most
+2 (1 + 1/2 + 1/4 + ...) / RESOLUTION = 1.2e-4 in the worst case, for scores that arrive in the worst order, and none at
+a boundary that was there from the start. A relative error e of both counts changes a precision p by at most
+2 e p (1 - p), and an AUROC by at most e of what is missing to 1.
 """
 
 from __future__ import annotations
@@ -43,8 +43,13 @@ class RankSketch:
         if len(values):
             self._pending.append((values, masses))
             self._waiting += len(values)
-        if self._waiting >= BUFFER:
+        if self._waiting >= (self.buffer if self.columns == 1 else self.buffer // 2):  # masses take room in counting
             self._flush()
+
+    @property
+    def buffer(self) -> int:
+        """How many scores are kept as they are, about the same number of bytes with and without masses."""
+        return BUFFER if self.columns == 1 else BUFFER // 8
 
     def merge(self, other: RankSketch) -> None:
         """Add all mass of another sketch."""
@@ -84,7 +89,7 @@ class RankSketch:
         """Add ascending `keys`, ties among them, with their cumulative masses (K, columns), None for 1, 2, 3, ..."""
         dtype = torch.promote_types(keys.dtype, self._keys.dtype) if len(self._keys) else keys.dtype
         keys, old_keys, old_total = keys.to(dtype), self._keys.to(keys.device, dtype), self._total.to(keys.device)
-        thin = self._thinned or count_distinct(keys) > BUFFER
+        thin = self._thinned or count_distinct(keys) > self.buffer
         extra = keys[_chosen(total, keys)] if thin else keys
         if self._thinned:
             both = old_total + at_or_above(keys, total, old_keys)
@@ -93,7 +98,7 @@ class RankSketch:
             extra = extra[wide[torch.searchsorted(old_keys, extra)]]
         bounds = distinct(ascending(torch.cat([old_keys, extra])) if len(old_keys) else extra)
         total = at_or_above(old_keys, old_total, bounds) + at_or_above(keys, total, bounds)
-        if len(bounds) > BUFFER:
+        if len(bounds) > self.buffer:
             keep = _chosen(total, bounds)
             bounds, total, thin = bounds[keep], total[keep], True
         self._keys, self._total, self._thinned = bounds, total, thin
