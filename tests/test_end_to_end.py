@@ -93,8 +93,8 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def unbroken(place: Path) -> tuple[Path, str]:
-    """The run folder of a training in a process of its own, and what it printed."""
-    out = program(command(place, "unbroken", *METHOD, *LONG))
+    """The run folder of a training in a process of its own with two spawned workers, and what it printed."""
+    out = program(command(place, "unbroken", *METHOD, *LONG, "--workers", "2"))
     return only(place, "unbroken"), out
 
 
@@ -176,6 +176,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(place: Path, unbroken: tuple[Path, str]) -> None:
+    """Its images are read in the main process: workers change no bit either."""
     argv = command(place, "killed", *METHOD, *LONG)
     process = start(argv)
     assert process.stdout is not None
@@ -245,13 +246,6 @@ def live(place: Path) -> Path:
     """A run that reads its images in this process and computes their features each time."""
     assert main(command(place, "live", *METHOD, "--noise", "0.3", "--sub-epochs", "2")) == 0
     return only(place, "live")
-
-
-def test_two_workers_change_nothing(place: Path, live: Path) -> None:
-    program(command(place, "workers", *METHOD, "--noise", "0.3", "--sub-epochs", "2", "--workers", "2"))
-    folder = only(place, "workers")
-    assert losses(folder) == losses(live)
-    assert results(folder)["classes"] == results(live)["classes"]
 
 
 def test_extracted_features_train_the_same_model_to_half_precision(place: Path, live: Path) -> None:
