@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,21 +17,19 @@ from default import PARTS, PRESETS, Config, UsageError, __version__, expect, fla
 
 DESCRIPTION = "Train one VQ-Flow anomaly detector for all classes, evaluate it, and reproduce the paper's tables."
 
-# A field, when it does nothing, and what to do about it.
-VOID: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
-    ("quantize_type", lambda c: not c.model.quantize_enable, "works with --quantize-enable; add that, or leave it out"),
-    ("codebooks", lambda c: not c.model.quantize_enable, "works with --quantize-enable; add that, or leave it out"),
-    (
-        "reassign_quantize",
-        lambda c: not c.model.quantize_enable,
-        "works with --quantize-enable; add that, or leave it out",
-    ),
-    ("weights", lambda c: not c.model.pretrained, "contradicts --no-pretrained; leave one of them out"),
-    ("eval_ckpt", lambda c: c.run.mode == "train", "works in --mode test; to go on with a run, use --resume"),
-    ("resume", lambda c: c.run.mode == "test", "works in --mode train; leave it out"),
-    ("tensorboard", lambda c: c.run.mode == "test", "works in --mode train; leave it out"),
-    ("wandb_enable", lambda c: c.run.mode == "test", "works in --mode train; leave it out"),
-)
+# What a switch or choice needs to do anything: its field, the test, the advice.
+_CODEBOOKS = (lambda c: c.model.quantize_enable, "does nothing without --quantize-enable; add that, or leave it out")
+_TRAINING = (lambda c: c.run.mode == "train", "does nothing in --mode test; leave it out")
+NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
+    "quantize_type": _CODEBOOKS,
+    "codebooks": _CODEBOOKS,
+    "reassign_quantize": _CODEBOOKS,
+    "weights": (lambda c: c.model.pretrained, "contradicts --no-pretrained; leave one of them out"),
+    "eval_ckpt": (lambda c: c.run.mode == "test", "does nothing in --mode train; to go on with a run, use --resume"),
+    "resume": _TRAINING,
+    "tensorboard": _TRAINING,
+    "wandb_enable": _TRAINING,
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     """One flag per field of the configuration; defaults stand in default.py alone."""
     parser = Parser(prog="main.py", description=DESCRIPTION, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-4 is a value, too, and its flag refuses it
     parser.add_argument("--version", action="version", version=f"VQ-Flow {__version__}")
     parser.add_argument("--preset", metavar="NAME", help=f"a row of settings that flags override: {', '.join(PRESETS)}")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration as JSON and leave")
@@ -112,8 +112,8 @@ def refuse_void(config: Config, typed: dict[str, Any]) -> None:
 
     Sizes and weights of a part that is switched off are accepted, so that one switch can be taken out of a command.
     """
-    for name, is_void, advice in VOID:
-        if typed.get(name) and is_void(config):
+    for name, (satisfied, advice) in NEEDS.items():
+        if typed.get(name) and not satisfied(config):
             raise UsageError(f"{flag_of(name)}: {advice}")
 
 

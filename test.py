@@ -21,7 +21,7 @@ from datasets.features import CachedFeatures, FeatureBatch, LiveFeatures, cache_
 from datasets.folder import ImageFolder
 from datasets.loaders import resolve_workers, test_loader, train_loader
 from datasets.transforms import denormalize
-from default import Config, EvalConfig, ModelConfig, UsageError, from_dict, make_config, to_dict
+from default import Config, EvalConfig, ModelConfig, UsageError, flag_of, from_dict, make_config, to_dict
 from models.extractor import FrozenExtractor
 from models.official import is_official, load_official, load_strictly
 from models.vqflow import VQFlow, VQFlowOutput, pool_features
@@ -341,7 +341,7 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
         asked, has = getattr(config.model, entry.name), getattr(saved.model, entry.name)
         if asked != has:
             raise UsageError(
-                f"--eval_ckpt: {name} was made with {entry.name} = {has!r}, not with {asked!r} as asked for"
+                f"--eval_ckpt: {name} was made with {flag_of(entry.name)} = {has!r}, not with {asked!r} as asked for"
             )
     values = {k: v for part in to_dict(saved).values() for k, v in part.items()}
     own = tuple(content["classes"])

@@ -6,6 +6,7 @@ The weights of ConvNeXt V2 are CC BY-NC 4.0. Old timm names are mapped by timm i
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import importlib
 import logging
@@ -80,7 +81,7 @@ class FrozenExtractor(nn.Module):
         try:
             net: Any = timm.create_model(name, features_only=True, pretrained=False)
         except (OSError, RuntimeError, ValueError, AttributeError, TypeError) as error:
-            known = [n for n in timm.list_models() if name[:6] in n][:5] or timm.list_models("convnextv2*")[:5]
+            known = difflib.get_close_matches(name, timm.list_models(), n=5) or timm.list_models("convnextv2*")[:5]
             raise UsageError(
                 f"--extractor: {name!r} is no timm model with feature maps; choose one such as {', '.join(known)}"
             ) from error

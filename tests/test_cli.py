@@ -1,261 +1,197 @@
-"""The command line: its surface, what wins over what, and one clear line for every mistake."""
+"""The command line: its frozen surface, what each flag does, and the README's commands. Bad input: test_bad_input."""
 
 import json
-import pickle
+import re
+import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from default import PRESETS, DataConfig, ModelConfig, make_config
-from fake_data import METHOD, TINY, make_mvtec
+from default import PARTS, PRESETS, Config, DataConfig, UsageError, __version__, flag_of, make_config, to_dict
 from main import build_parser, main, parse
 
 ROOT = Path(__file__).resolve().parents[1]
-RELEASED = [
-    "--dataset",
-    "--input-size",
-    "--pre-extract",
-    "--mode",
-    "--multi-class",
-    "--amp-enable",
-    "--wandb-enable",
-    "--resume",
-    "--eval_ckpt",
-    "--class-names",
-    "--lr",
-    "--batch-size",
-    "--meta-epochs",
-    "--sub-epochs",
-    "--extractor",
-    "--pool-type",
-    "--parallel-blocks",
-    "--c-conds",
-    "--loc-eval",
-    "--pro-eval",
-    "--pro-eval-interval",
-    "--quantize-enable",
-    "--quantize-type",
-    "--no-pattern-quantize",
-    "--concat-pos",
-    "--reassign-quantize",
-    "--quantize-weight",
-    "--dim-cpc",
-    "--c-pos-conds",
-    "--k-cspc",
-    "--k-cpc",
-    "--mixed-gaussian",
-]
-NEW = [
-    "--data-path",
-    "--work-dir",
-    "--device",
-    "--seed",
-    "--workers",
-    "--weights",
-    "--no-pretrained",
-    "--preset",
-    "--dry-run",
-    "--limit",
-]
-
-
-def flags() -> set[str]:
-    return {s for action in build_parser()._actions for s in action.option_strings}
-
-
-def test_released_and_new_flags_are_there() -> None:
-    assert {*RELEASED, *NEW, "--version", "--help"} <= flags()
-
-
-def resolved(capsys: pytest.CaptureFixture, *argv: str) -> dict:
-    assert main([*argv, "--dry-run"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-TYPED = [
-    (["--dataset", "visa"], "data", "dataset", "visa"),
-    (["--input_size", "256"], "data", "input_size", 256),
-    (["--pre_extract"], "data", "pre_extract", True),
-    (["--class_names", "bottle", "grid"], "data", "class_names", ["bottle", "grid"]),
-    (["--multi_class"], "data", "multi_class", True),
-    (["--limit=3"], "data", "limit", 3),
-    (["--workers", "2"], "data", "workers", 2),
-    (["--data_path", "a_b"], "data", "data_path", "a_b"),
-    (["--amp_enable"], "train", "amp_enable", True),
-    (["--wandb_enable"], "train", "wandb_enable", True),
-    (["--resume"], "train", "resume", True),
-    (["--lr", "3e-4"], "train", "lr", 3e-4),
-    (["--batch_size=4"], "train", "batch_size", 4),
-    (["--meta_epochs", "7"], "train", "meta_epochs", 7),
-    (["--sub_epochs", "3"], "train", "sub_epochs", 3),
-    (["--quantize_enable", "--reassign_quantize"], "train", "reassign_quantize", True),
-    (["--quantize_weight", "0.5"], "train", "quantize_weight", 0.5),
-    (["--extractor", "resnet18"], "model", "extractor", "resnet18"),
-    (["--pool_type", "max"], "model", "pool_type", "max"),
-    (["--parallel_blocks", "1", "2", "3"], "model", "parallel_blocks", [1, 2, 3]),
-    (["--c_conds", "64", "64", "64"], "model", "c_conds", [64, 64, 64]),
-    (["--quantize_enable"], "model", "quantize_enable", True),
-    (["--quantize_enable", "--quantize_type", "naive"], "model", "quantize_type", "naive"),
-    (["--no_pattern_quantize"], "model", "pattern_quantize", False),
-    (["--concat_pos"], "model", "concat_pos", True),
-    (["--dim_cpc", "64"], "model", "dim_cpc", 64),
-    (["--c_pos_conds", "32"], "model", "c_pos_conds", [32]),
-    (["--k_cspc", "128"], "model", "k_cspc", 128),
-    (["--k_cpc", "16"], "model", "k_cpc", 16),
-    (["--mixed_gaussian"], "model", "mixed_gaussian", True),
-    (["--weights", "w.pth"], "model", "weights", "w.pth"),
-    (["--no_pretrained"], "model", "pretrained", False),
-    (["--loc_eval"], "eval", "loc_eval", True),
-    (["--pro_eval"], "eval", "pro_eval", True),
-    (["--pro_eval_interval", "2"], "eval", "pro_eval_interval", 2),
-    (["--mode", "test", "--eval_ckpt", "x_y.pt"], "eval", "eval_ckpt", "x_y.pt"),
-    (["--mode", "test", "--eval-ckpt", "x_y.pt"], "run", "mode", "test"),
-    (["--work_dir", "runs_1"], "run", "work_dir", "runs_1"),
-    (["--device", "cpu"], "run", "device", "cpu"),
-    (["--seed", "1"], "run", "seed", 1),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("argv", "part", "name", "value"), TYPED, ids=lambda v: str(v) if isinstance(v, list) else None
+PAPER = (
+    "--mode train --dataset mvtec --class-names all --multi-class --quantize-enable --quantize-type residual "
+    "--concat-pos --mixed-gaussian --extractor convnextv2_base"
 )
-def test_flags_with_underscores_or_hyphens_reach_the_configuration(
-    argv: list[str], part: str, name: str, value: object, capsys: pytest.CaptureFixture
-) -> None:
-    assert resolved(capsys, *argv)[part][name] == value
-    hyphens = [w.replace("_", "-") if w.startswith("--") and w != "--eval_ckpt" else w for w in argv]
-    assert resolved(capsys, *hyphens)[part][name] == value
+PAPER_LINES = (PAPER, PAPER.replace("mvtec", "visa"), PAPER.replace("train", "test") + " --eval_ckpt $CKPT_PATH")
+
+SURFACE = """
+--amp-enable --batch-size --c-conds --c-pos-conds --clamp --class-names --clip-norm --codebooks --concat-pos
+--conditioning --data-path --dataset --device --dim-cpc --dry-run --eval-ckpt --eval-interval --eval_ckpt --extractor
+--fpr-limit --help --image-score --input-size --k-cpc --k-cspc --limit --loc-eval --lr --meta-epochs --mixed-gaussian
+--mode --multi-class --no-amp-enable --no-concat-pos --no-loc-eval --no-mixed-gaussian --no-multi-class
+--no-pattern-quantize --no-pre-extract --no-pretrained --no-pro-eval --no-quantize-enable --no-reassign-quantize
+--no-resume --no-standardize --no-tensorboard --no-wandb-enable --noise --objective --parallel-blocks
+--pattern-quantize --pictures --pixel-score --pool-type --pre-extract --preset --pretrained --pro-eval
+--pro-eval-interval --pro-score --quantize-enable --quantize-type --quantize-weight --reassign-quantize --resume
+--schedule --seed --standardize --sub-epochs --tensorboard --top-k --version --wandb-enable --warmup --weight-decay
+--weights --work-dir --workers -h
+"""
+
+RELEASED = {
+    "--dataset": "visa", "--input-size": "256", "--pre-extract": None, "--mode": "train", "--multi-class": None,
+    "--amp-enable": None, "--wandb-enable": None, "--resume": None, "--class-names": "bottle cable", "--lr": "3e-4",
+    "--batch-size": "8", "--meta-epochs": "3", "--sub-epochs": "4", "--extractor": "resnet18", "--pool-type": "max",
+    "--parallel-blocks": "1 2 3", "--c-conds": "32 32 32", "--loc-eval": None, "--pro-eval": None,
+    "--pro-eval-interval": "2", "--quantize-enable": None, "--quantize-type": "naive", "--no-pattern-quantize": None,
+    "--concat-pos": None, "--reassign-quantize": None, "--quantize-weight": "0.5", "--dim-cpc": "64",
+    "--c-pos-conds": "16 16 16", "--k-cspc": "128", "--k-cpc": "8", "--mixed-gaussian": None,
+}  # fmt: skip
+
+# Every field: what is typed, and the value that it must have in the resolved configuration.
+OTHER: dict[str, tuple[str, Any]] = {
+    "dataset": ("visa", "visa"), "data_path": ("some/where", "some/where"),
+    "class_names": ("pill wood", ["pill", "wood"]),
+    "multi_class": ("", True), "input_size": ("128", 128), "limit": ("5", 5), "workers": ("2", 2),
+    "pre_extract": ("", True), "extractor": ("resnet18", "resnet18"), "weights": ("w.pth", "w.pth"),
+    "pretrained": ("no", False), "pool_type": ("max", "max"), "standardize": ("no", False),
+    "quantize_enable": ("", True), "quantize_type": ("naive --quantize-enable", "naive"),
+    "pattern_quantize": ("no", False), "concat_pos": ("", True), "mixed_gaussian": ("", True), "dim_cpc": ("32", 32),
+    "k_cpc": ("3", 3), "k_cspc": ("7", 7), "c_pos_conds": ("8", [8]), "c_conds": ("9 9 5", [9, 9, 5]),
+    "parallel_blocks": ("3", [3]), "clamp": ("1.5", 1.5), "codebooks": ("released --quantize-enable", "released"),
+    "conditioning": ("direct", "direct"), "objective": ("released", "released"), "lr": ("0.01", 0.01),
+    "batch_size": ("3", 3), "meta_epochs": ("4", 4), "sub_epochs": ("5", 5), "schedule": ("cosine", "cosine"),
+    "warmup": ("0.25", 0.25), "weight_decay": ("0.125", 0.125), "noise": ("0.5", 0.5), "clip_norm": ("1.5", 1.5),
+    "quantize_weight": ("0.25", 0.25), "reassign_quantize": ("--quantize-enable", True), "amp_enable": ("", True),
+    "resume": ("", True), "tensorboard": ("", True), "wandb_enable": ("", True),
+    "eval_ckpt": ("a.pt --mode test", "a.pt"), "eval_interval": ("2", 2), "loc_eval": ("", True),
+    "pro_eval": ("", True), "pro_eval_interval": ("7", 7), "image_score": ("add", "add"), "pixel_score": ("mul", "mul"),
+    "pro_score": ("likelihood", "likelihood"), "top_k": ("0.5", 0.5), "fpr_limit": ("0.1", 0.1), "pictures": ("0", 0),
+    "mode": ("test --eval_ckpt a.pt", "test"), "work_dir": ("runs", "runs"), "device": ("cpu", "cpu"), "seed": ("7", 7),
+}  # fmt: skip
 
 
-def test_typed_wins_over_preset_and_preset_over_default(capsys: pytest.CaptureFixture) -> None:
-    assert resolved(capsys)["model"]["dim_cpc"] == ModelConfig().dim_cpc
-    assert resolved(capsys, "--preset", "cpu")["model"]["dim_cpc"] == PRESETS["cpu"]["dim_cpc"]
-    assert resolved(capsys, "--preset", "cpu", "--dim-cpc", "8")["model"]["dim_cpc"] == 8
+def dry(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    """The resolved configuration as one flat dictionary, through --dry-run."""
+    assert main([*argv, "--dry-run"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown.pop("version") == __version__
+    return {name: value for part in shown.values() for name, value in part.items()}
 
 
-def test_presets_are_what_they_say() -> None:
-    for name in ("paper-mvtec", "paper-visa"):
-        config = make_config(name)
-        assert (config.model.extractor, config.data.input_size, config.train.lr) == ("convnextv2_base", 384, 1e-4)
-        assert (config.train.meta_epochs, config.train.sub_epochs, config.train.batch_size) == (30, 2, 16)
-        assert (config.model.objective, config.model.codebooks) == ("likelihood", "seeded")
-        assert config.model.mixed_gaussian and config.model.concat_pos and config.data.multi_class
-    released = make_config("released")
-    assert (released.model.objective, released.model.codebooks) == ("released", "released")
-    assert (released.train.schedule, released.eval.image_score, released.eval.pixel_score) == ("released", "mul", "add")
+def flags(name: str) -> tuple[list[str], Any]:
+    """What `OTHER` types for a field, and what it expects."""
+    typed, expected = OTHER[name]
+    flag = flag_of(name)
+    return [flag.replace("--", "--no-", 1)] if typed == "no" else [flag, *typed.split()], expected
 
 
-def test_help_shows_the_defaults_of_the_dataclass() -> None:
-    text = " ".join(build_parser().format_help().split())
-    assert f"images are resized (default: {DataConfig().input_size})" in text
+# --- the surface
 
 
-def test_help_and_version_run_as_a_program() -> None:
-    for flag in ("--help", "--version"):
-        done = subprocess.run([sys.executable, "main.py", flag], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0
-        assert "VQ-Flow" in done.stdout
+def test_the_surface_is_frozen() -> None:
+    options = {word for action in build_parser()._actions for word in action.option_strings}
+    assert sorted(options) == SURFACE.split()
 
 
-def fails(capsys: pytest.CaptureFixture, *argv: str) -> str:
-    """The one line of a mistake."""
-    assert main(list(argv)) == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.strip()]
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("main.py: error: ")
-    return lines[0]
-
-
-MISTAKES = {
-    "data set": (["--dataset", "mvtek"], "--dataset: expected one of mvtec, visa, folder, sample, but got 'mvtek'"),
-    "preset": (["--preset", "fast"], "--preset: expected one of paper-mvtec"),
-    "flag": (["--colour"], "--colour: no such flag"),
-    "number": (["--lr", "high"], "--lr: invalid float value: 'high'"),
-    "lr": (["--lr", "-1"], "--lr: expected at least"),
-    "nan": (["--lr", "nan"], "--lr: expected a finite number"),
-    "batch": (["--batch-size", "0"], "--batch-size: expected at least 1, but got 0"),
-    "size": (["--input-size", "8"], "--input-size: expected at least 32, but got 8"),
-    "void switch": (["--quantize-type", "naive"], "--quantize-type: works with --quantize-enable; add that, or leave"),
-    "quantize type": (["--quantize-type", "x"], "--quantize-type: expected one of residual, naive, but got 'x'"),
-    "blocks": (["--parallel-blocks", "1", "2"], "--parallel-blocks: expected one value or three"),
-    "position": (["--c-pos-conds", "6"], "--c-pos-conds: expected a multiple of 4"),
-    "positions": (["--c-pos-conds", "4", "8", "4"], "--c-pos-conds: the levels share one semantic embedding"),
-    "top k": (["--top-k", "2"], "--top-k: expected at most 1.0, but got 2.0"),
-    "no checkpoint": (["--mode", "test"], "--eval_ckpt: expected a checkpoint file in --mode test, but got none"),
-    "device": (["--device", "tpu"], "--device: expected one of auto, cuda, cpu, mps, but got 'tpu'"),
-}
-
-
-@pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_on_the_command_line(case: str, capsys: pytest.CaptureFixture) -> None:
-    argv, message = MISTAKES[case]
-    assert message in fails(capsys, *argv)
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> list[str]:
-    """Flags of a tiny run on two classes."""
-    root = make_mvtec(tmp_path / "data")
-    return ["--dataset", "mvtec", "--data-path", str(root), "--class-names", "bottle", "grid", *METHOD, *TINY,
-            "--work-dir", str(tmp_path / "runs")]  # fmt: skip
-
-
-def test_mistakes_about_the_data(tree: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert "--class-names: 'botle' is not an MVTec AD class; choose from all, carpet" in fails(
-        capsys, *tree, "--class-names", "botle"
+@pytest.mark.parametrize("separator", ["-", "_"])
+def test_released_flags_keep_their_spelling(separator: str) -> None:
+    words = [w for flag, value in RELEASED.items() for w in (flag.replace("-", separator), *(value or "").split())]
+    words = [w.replace("__", "--", 1) if w.startswith("__") else w for w in words]
+    config = parse(words)[0]
+    assert config == parse([w for flag, value in RELEASED.items() for w in (flag, *(value or "").split())])[0]
+    assert (config.data.dataset, config.model.parallel_blocks, config.model.pattern_quantize) == (
+        "visa",
+        (1, 2, 3),
+        False,
     )
-    assert "--data-path: no such folder" in fails(capsys, *tree, "--data-path", str(tmp_path / "none"))
-    assert "--batch-size: expected at most 12" in fails(capsys, *tree, "--batch-size", "13")
-    assert "--extractor: 'resnet0' is no timm model" in fails(capsys, *tree, "--extractor", "resnet0")
-    (tmp_path / "file").write_text("")
-    assert "--work-dir: cannot write in" in fails(capsys, *tree, "--work-dir", str(tmp_path / "file"))
-    (tmp_path / "data" / "grid" / "ground_truth" / "broken" / "001_mask.png").unlink()
-    assert "001.png: no mask at" in fails(capsys, *tree)
-    assert not list((tmp_path / "runs").glob("mvtec*")), "a mistake leaves no run folder behind"
+    for flag in ("--eval_ckpt", "--eval-ckpt"):
+        assert parse(["--mode", "test", flag, "my_file.pt"])[0].eval.eval_ckpt == "my_file.pt"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_no_cuda(tree: list[str], capsys: pytest.CaptureFixture) -> None:
-    assert "--device: 'cuda' was asked for, but there is none here; choose from auto" in fails(
-        capsys, *tree, "--device", "cuda"
+def test_values_keep_their_underscores_and_hyphens() -> None:
+    assert parse(["--work_dir=--my_dir=a_b"])[0].run.work_dir == "--my_dir=a_b"
+    assert parse(["--class_names", "metal_nut", "--data-path", "my_data"])[0].data == DataConfig(
+        class_names=("metal_nut",), data_path="my_data"
     )
 
 
-class Evil:
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (Path(self.path),)
-
-
-def test_mistakes_about_the_checkpoint(tree: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = tmp_path / "c.pt"
-
-    def tested() -> str:
-        return fails(capsys, *tree, "--mode", "test", "--eval_ckpt", str(path))
-
-    assert "--eval_ckpt: no such file" in tested()
-    path.write_bytes(b"")
-    assert "truncated or not a checkpoint" in tested()
-    path.write_text("hello")
-    assert f"--eval_ckpt: cannot read {path}" in tested()
-    torch.save({"a": torch.zeros(1000)}, path)
-    path.write_bytes(path.read_bytes()[:900])
-    assert f"--eval_ckpt: cannot read {path}" in tested()
-    torch.save({"a": 1}, path)
-    assert "is not a checkpoint of this program or of the released code" in tested()
-    torch.save([1], path)
-    assert "it holds a list" in tested()
-    for dump in (lambda: path.write_bytes(pickle.dumps(Evil(str(tmp_path / "ran")))), lambda: torch.save(Evil(str(tmp_path / "ran")), path)):  # fmt: skip  # noqa: E501
-        dump()
-        assert f"--eval_ckpt: cannot read {path}" in tested()
-        assert not (tmp_path / "ran").exists()
+@pytest.mark.parametrize("name", [e.name for kind in PARTS.values() for e in fields(kind)])  # type: ignore[arg-type]
+def test_each_flag_reaches_the_configuration(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    words, expected = flags(name)
+    default = {n: v for part in json.loads(json.dumps(to_dict(Config()))).values() for n, v in part.items()}
+    assert default[name] != expected or name == "quantize_type"
+    found = dry(capsys, *words)
+    assert found[name] == expected
+    also = {w[2:].replace("-", "_") for w in words if w.startswith("--")}
+    assert {n for n in found if found[n] != default[n]} <= also | {name}
 
 
-def test_chosen_names_what_was_typed() -> None:
-    assert parse(["--lr", "1e-3"])[1] == {"lr": 1e-3}
+def test_typed_values_override_the_preset_and_presets_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    for preset, row in PRESETS.items():
+        found = dry(capsys, "--preset", preset)
+        expected = {n: v for part in to_dict(make_config(**row)).values() for n, v in part.items()}
+        assert found == json.loads(json.dumps(expected))
+        assert set(row) <= found.keys()
+    for order in (("--preset", "cpu", "--lr", "0.5"), ("--lr", "0.5", "--preset", "cpu")):
+        found = dry(capsys, *order, "--no-pre-extract")
+        assert (found["lr"], found["pre_extract"], found["schedule"]) == (0.5, False, "cosine")
+
+
+def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("-h", "--help"):
+        with pytest.raises(SystemExit) as left:
+            main([flag])
+        assert left.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for kind in PARTS.values():
+        for entry in fields(kind):  # type: ignore[arg-type]
+            assert flag_of(entry.name) in text
+            if isinstance(entry.default, (int, float, str)) and not isinstance(entry.default, bool):
+                assert f"(default: {entry.default})" in text
+    assert "(default: 2 5 8)" in text
+    assert all(preset in text for preset in PRESETS)
+
+
+def test_version_and_dry_run_in_a_process_of_their_own() -> None:
+    def output(*words: str) -> str:
+        done = subprocess.run([sys.executable, "main.py", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        return done.stdout
+
+    assert output("--version").strip() == f"VQ-Flow {__version__}"
+    shown = json.loads(output("--preset", "released", "--batch_size=4", "--dry_run"))
+    assert (shown["train"]["batch_size"], shown["train"]["schedule"]) == (4, "released")
+
+
+def test_switches_that_a_preset_sets_may_be_void() -> None:
+    for name in ("codebooks", "reassign_quantize"):
+        words, _ = flags(name)
+        with pytest.raises(UsageError, match=f"{words[0]}: does nothing without --quantize-enable"):
+            parse([w for w in words if w != "--quantize-enable"])
+    assert parse(["--preset", "released", "--no-quantize-enable"])[0].model.codebooks == "released"
+    assert parse(["--preset", "cpu", "--no-pattern-quantize", "--k-cpc", "4"])[0].model.pattern_quantize is False
+    assert parse(["--no-resume", "--no-tensorboard", "--mode", "test", "--eval_ckpt", "a.pt"])[0].run.mode == "test"
+
+
+# --- commands of the README
+
+
+def readme_commands() -> list[str]:
+    """What follows `python main.py` in the README's bash blocks, continued lines joined."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = (re.match(r"\s*(?:[A-Z_]+=\S*\s+)*\S*python3?\s+main\.py\s+(.*)", line) for line in lines)
+    return [match[1] for match in found if match]
+
+
+@pytest.mark.parametrize("command", list(dict.fromkeys([*PAPER_LINES, *readme_commands()])))
+def test_commands_resolve(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
+    (tmp_path / "last.pt").touch()
+    words = shlex.split(command.replace("$CKPT_PATH", str(tmp_path / "last.pt")), comments=True)
+    if "--help" not in words and "--version" not in words:
+        assert dry(capsys, *words)
+
+
+def test_paper_commands_mean_the_papers_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, dataset in zip(PAPER_LINES, ("mvtec", "visa", "mvtec"), strict=True):
+        found = dry(capsys, *line.split())
+        names = ("dataset", "input_size", "batch_size", "meta_epochs", "sub_epochs", "lr", "seed", "k_cpc", "k_cspc")
+        assert [found[n] for n in names] == [dataset, 384, 16, 30, 2, 1e-4, 9826, 32, 512]
+        assert (found["quantize_type"], found["c_pos_conds"], found["parallel_blocks"]) == ("residual", [64], [2, 5, 8])

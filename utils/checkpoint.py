@@ -32,8 +32,8 @@ def read_checkpoint(path: str | Path, flag: str = "--eval_ckpt") -> dict[str, An
         raise UsageError(f"{flag}: no such file: {path}")
     try:
         content = load_tensors(path)
-    except OSError as error:
-        raise UsageError(f"{flag}: cannot read {path}: {error.strerror or 'it is truncated'}") from error
+    except PermissionError as error:
+        raise UsageError(f"{flag}: cannot read {path}: {error.strerror}") from error
     except Exception as error:  # damaged files raise anything: struct.error, IndexError, AssertionError, ...
         raise UsageError(f"{flag}: cannot read {path}: {reason(error)}") from error
     if not isinstance(content, dict):
