@@ -22,16 +22,16 @@ PAPER = (
 PAPER_LINES = (PAPER, PAPER.replace("mvtec", "visa"), PAPER.replace("train", "test") + " --eval_ckpt $CKPT_PATH")
 
 SURFACE = """
---amp-enable --batch-size --c-conds --c-pos-conds --clamp --class-names --clip-norm --codebooks --concat-pos
---conditioning --data-path --dataset --device --dim-cpc --dry-run --eval-ckpt --eval-interval --eval_ckpt --extractor
---fpr-limit --help --image-score --input-size --k-cpc --k-cspc --limit --loc-eval --lr --meta-epochs --mixed-gaussian
---mode --multi-class --no-amp-enable --no-concat-pos --no-loc-eval --no-mixed-gaussian --no-multi-class
---no-pattern-quantize --no-pre-extract --no-pretrained --no-pro-eval --no-quantize-enable --no-reassign-quantize
---no-resume --no-standardize --no-tensorboard --no-wandb-enable --noise --objective --parallel-blocks
---pattern-quantize --pictures --pixel-score --pool-type --pre-extract --preset --pretrained --pro-eval
---pro-eval-interval --pro-score --quantize-enable --quantize-type --quantize-weight --reassign-quantize --resume
---schedule --seed --standardize --sub-epochs --tensorboard --top-k --version --wandb-enable --warmup --weight-decay
---weights --work-dir --workers -h
+--amp-enable --batch-size --bootstrap --c-conds --c-pos-conds --clamp --class-names --clip-norm --codebooks --compare
+--concat-pos --conditioning --data-path --dataset --device --dim-cpc --dry-run --eval-ckpt --eval-interval --eval-size
+--eval_ckpt --extractor --fpr-limit --help --image-score --input-size --k-cpc --k-cspc --limit --loc-eval --lr
+--meta-epochs --mixed-gaussian --mode --multi-class --name --no-amp-enable --no-compare --no-concat-pos --no-loc-eval
+--no-mixed-gaussian --no-multi-class --no-pattern-quantize --no-pre-extract --no-pretrained --no-pro-eval
+--no-quantize-enable --no-reassign-quantize --no-report --no-resume --no-standardize --no-tensorboard
+--no-wandb-enable --noise --objective --parallel-blocks --pattern-quantize --pictures --pixel-score --pool-type
+--pre-extract --preset --pretrained --pro-eval --pro-eval-interval --pro-score --quantize-enable --quantize-type
+--quantize-weight --reassign-quantize --report --resume --schedule --seed --seeds --standardize --sub-epochs
+--tensorboard --top-k --version --wandb-enable --warmup --weight-decay --weights --work-dir --workers -h
 """
 
 RELEASED = {
@@ -64,6 +64,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "pro_eval": ("", True), "pro_eval_interval": ("7", 7), "image_score": ("add", "add"), "pixel_score": ("mul", "mul"),
     "pro_score": ("likelihood", "likelihood"), "top_k": ("0.5", 0.5), "fpr_limit": ("0.1", 0.1), "pictures": ("0", 0),
     "mode": ("test --eval_ckpt a.pt", "test"), "work_dir": ("runs", "runs"), "device": ("cpu", "cpu"), "seed": ("7", 7),
+    "seeds": ("1 2", [1, 2]), "name": ("mine", "mine"), "runs": ("a b --mode table", ["a", "b"]),
+    "eval_size": ("64", 64), "bootstrap": ("50", 50), "compare": ("", True), "report": ("no", False),
 }  # fmt: skip
 
 
@@ -79,7 +81,8 @@ def flags(name: str) -> tuple[list[str], Any]:
     """What `OTHER` types for a field, and what it expects."""
     typed, expected = OTHER[name]
     flag = flag_of(name)
-    return [flag.replace("--", "--no-", 1)] if typed == "no" else [flag, *typed.split()], expected
+    named = [] if name == "runs" else [flag]  # the only words without a flag
+    return [flag.replace("--", "--no-", 1)] if typed == "no" else [*named, *typed.split()], expected
 
 
 # --- the surface
@@ -142,7 +145,7 @@ def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for kind in PARTS.values():
         for entry in fields(kind):  # type: ignore[arg-type]
-            assert flag_of(entry.name) in text
+            assert flag_of(entry.name) in text or entry.name == "runs"
             if isinstance(entry.default, (int, float, str)) and not isinstance(entry.default, bool):
                 assert f"(default: {entry.default})" in text
     assert "(default: 2 5 8)" in text
