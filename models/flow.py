@@ -41,7 +41,7 @@ class Subnet(nn.Module):
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """`x` (B, n - C, H, W) and a condition of C channels -> (B, out, H, W)."""
         hidden = condition.convolve(x, self.conv1.weight, self.conv1.bias, self.cache)
-        return self.conv2(F.relu(self.ln(hidden)))
+        return self.conv2(F.relu(self.ln(hidden), inplace=True))
 
 
 class CouplingBlock(AllInOneBlock):
