@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.released import ReleasedForward, thresholded_aupro
 from default import make_config
 from models.extractor import FrozenExtractor
+from models.flow import activate, couple
 from models.loss import loss_terms
 from models.vqflow import VQFlow, pool_features
 from utils.device import autocast, has_bfloat16, resolve_device
@@ -102,7 +103,6 @@ class Bench:
         with torch.no_grad():
             self.features = self.extract()
         self.clock = Clock(time.perf_counter)
-        self.blocks: list[tuple[Any, Any]] = [(f, f.forward) for f in self.model.level_flows]
         self.form = Form(name="")
         for hierarchy in (self.model.hierarchy, self.released.hierarchy):
             hierarchy.register_forward_hook(self._after_hierarchy)
@@ -119,8 +119,11 @@ class Bench:
         self.features = [f.contiguous(memory_format=layout) for f in self.features]
         self.extractor.requires_grad_(not form.frozen)
         model.hierarchy.direct = not form.structured
-        for flow, plain in self.blocks:
-            flow.forward = torch.compile(plain, dynamic=False) if form.compiled else plain
+        for flow in model.level_flows:
+            for block in flow.blocks:
+                block.couple, block.subnet.activate = couple, activate
+        if form.compiled:
+            model.compile_flows()
         trained = [p for p in model.parameters() if p.requires_grad]
         kind = torch.optim.Adam if form.released else torch.optim.AdamW
         self.optimizer = kind(trained, lr=0.0, fused=form.fused)
@@ -363,9 +366,13 @@ def main() -> None:
         return
     rates = {False: matrix_rate(device, torch.float32)}
     rates[True] = matrix_rate(device, torch.bfloat16) if has_bfloat16(device) else float("nan")
-    print(f"size {args.size}, {device}, {torch.get_num_threads()} threads, matrix rate {rates[False] / 1e9:.4g} GFLOP/s")
+    print(
+        f"size {args.size}, {device}, {torch.get_num_threads()} threads, matrix rate {rates[False] / 1e9:.4g} GFLOP/s"
+    )
     check_agreement(bench)
-    inference = [replace(form, cached=False) for form in forms if form.name not in ("cached features", "fused optimiser")]
+    inference = [
+        replace(form, cached=False) for form in forms if form.name not in ("cached features", "fused optimiser")
+    ]
     inference.append(replace(inference[-1], name="cached features", cached=True))
     rows = {
         "inference": compare(bench, "inference", inference, args.rounds, rates),

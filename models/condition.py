@@ -14,7 +14,7 @@ the image, an encoding that is constant over the batch. As convolution is linear
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any

@@ -42,3 +42,13 @@ def autocast(device: torch.device, enabled: bool) -> AbstractContextManager:
     if not enabled or not has_bfloat16(device):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise `UsageError` if PyTorch cannot compile for the device, found out with a tiny function."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:
+        reason = "a C++ compiler (on PATH, or named by CXX)" if device.type == "cpu" else "a working Triton"
+        line = next((row for row in str(error).splitlines() if row.strip()), type(error).__name__)
+        raise UsageError(f"--compile: needs {reason}, but failed here: {line[:120]}; leave --compile out") from error
