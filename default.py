@@ -198,7 +198,7 @@ class TrainConfig(Part):
     )
     accumulate: int = option(
         1,
-        "add up the gradients of this many batches before each step: a larger batch in less memory",
+        "add up the gradients of this many batches before a step: a larger batch in less memory",
         low=1,
         high=65536,
     )

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 TAPS = 9
 
@@ -285,7 +286,7 @@ class _Products(torch.autograd.Function):
             at, encoding = condition._start(condition.position_piece, start), condition.position[None]
             shape = (len(weight), encoding.shape[1], 3, 3)
             place = as_map(table[TAPS * k + 1 :][None], condition.size).to(encoding.dtype)
-            grad[:, at : at + shape[1]] += torch.nn.grad.conv2d_weight(encoding, shape, place, padding=1)
+            grad[:, at : at + shape[1]] += conv2d_weight(encoding, shape, place, padding=1)
         found: list[Tensor | None] = []
         for number, part in enumerate(condition.vectors):
             assert products is not None

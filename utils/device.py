@@ -32,7 +32,7 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        abilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer versions of PyTorch tell
+        abilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # newer versions of PyTorch tell
         return any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
 
