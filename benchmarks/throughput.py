@@ -90,7 +90,8 @@ class Clock:
 class Bench:
     """One model, extractor and batch of images for all forms, and how each form computes with them."""
 
-    def __init__(self, size: str, batch: int, device: torch.device, **changes: Any) -> None:
+    def __init__(self, size: str, batch: int, device: torch.device, *, cpu_time: bool = False, **changes: Any) -> None:
+        self.cpu_time = cpu_time
         config = make_config(PRESETS[size], pretrained=False, weights=None, **changes)
         self.config, self.device, self.side = config, device, config.data.input_size
         torch.manual_seed(config.run.seed)
@@ -211,7 +212,7 @@ class Bench:
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return time.process_time() if self.cpu_time else time.perf_counter()
 
     def timed(self, work: Callable[[], float]) -> dict[str, float]:
         """Seconds by part."""
@@ -227,17 +228,18 @@ class Bench:
         return self.clock.parts
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, cpu_time: bool) -> float:
     """FLOP/s of a large matrix product, the median of nine."""
+    now = time.process_time if cpu_time else time.perf_counter
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=dtype)
     seconds = []
     for _ in range(9):
-        begin = time.perf_counter()
+        begin = now()
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(now() - begin)
     return 2 * side**3 / median(seconds)
 
 
@@ -265,8 +267,9 @@ def compare(bench: Bench, kind: str, forms: list[Form], rounds: int, rates: dict
             if number == 0:  # warms up; compiled code is counted uncompiled
                 bench.use(replace(form, compiled=False))
                 flops[form.name] = bench.counted(work)
-                bench.use(form)
-                work()
+                if form.compiled:
+                    bench.use(form)
+                    work()
             else:
                 bench.use(form)
                 seconds[form.name].append(bench.timed(work))
@@ -332,7 +335,7 @@ def grow(args: argparse.Namespace, device: torch.device) -> None:
     print("| what | value | training s | GFLOP | inference s |\n|---|---|---|---|---|")
     settings = [(name, v, args.batch, c) for name, values in changes.items() for v, c in values]
     for name, value, batch, change in [*settings, *[("batch", b, b, {}) for b in (2, 4, 8, 16)]]:
-        bench = Bench(args.size, batch, device, **change)
+        bench = Bench(args.size, batch, device, cpu_time=args.cpu_time, **change)
         bench.use(form)
         flops = sum(bench.counted(bench.train_step).values()) / 1e9
         trained = median(sum(bench.timed(bench.train_step).values()) for _ in range(args.rounds))
@@ -347,6 +350,9 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(PRESETS), default="small")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--memory-batch", type=int, help="batch of the memory table (default: --batch)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread and its processor time: for machines that others use too"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--grow", action="store_true", help="how the cost grows instead of the comparison")
@@ -355,17 +361,19 @@ def main() -> None:
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # peak memory of one form, in this process
     args = parser.parse_args()
     np.random.seed(0)
+    if args.cpu_time:
+        torch.set_num_threads(1)
     device = resolve_device(args.device)
     forms = [form for form in ladder(device) if not (args.no_compile and form.compiled)]
     if args.grow:
         grow(args, device)
         return
-    bench = Bench(args.size, args.batch, device)
+    bench = Bench(args.size, args.batch, device, cpu_time=args.cpu_time)
     if args.one is not None:
         print(peak_memory(bench, forms[args.one]))
         return
-    rates = {False: matrix_rate(device, torch.float32)}
-    rates[True] = matrix_rate(device, torch.bfloat16) if has_bfloat16(device) else float("nan")
+    rates = {False: matrix_rate(device, torch.float32, args.cpu_time)}
+    rates[True] = matrix_rate(device, torch.bfloat16, args.cpu_time) if has_bfloat16(device) else float("nan")
     print(
         f"size {args.size}, {device}, {torch.get_num_threads()} threads, matrix rate {rates[False] / 1e9:.4g} GFLOP/s"
     )
@@ -380,7 +388,7 @@ def main() -> None:
     }
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    del bench
+    del bench, rows
     memory_table(args, [form for form in forms if not form.compiled])
 
 
