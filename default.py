@@ -89,7 +89,15 @@ class DataConfig(Part):
     workers: int | None = option(
         None, "processes that read images (default: 0 on a CPU, up to 8 with a GPU)", low=0, high=256
     )
-    pre_extract: bool = option(False, "extract the features of the training images once and train from that cache")
+    cache: str = option(
+        "auto",
+        "where features are kept that are extracted once: on disk, in memory, on the device, or nowhere; auto: on disk "
+        "if they fit, else nowhere",
+        choices=("auto", "disk", "ram", "device", "none"),
+    )
+    pre_extract: bool = option(
+        False, "insist on a cache: refuse to run if the features do not fit, where --cache auto would do without"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +198,20 @@ class TrainConfig(Part):
     clip_norm: float = option(2.0, "largest norm of the gradient", low=1e-6)
     quantize_weight: float = option(1.0, "weight of the codebooks' commitment in the loss", low=0.0)
     reassign_quantize: bool = option(False, "after a meta epoch, re-seed unused codes from the most used ones")
-    amp_enable: bool = option(False, "mixed precision (bfloat16) where the device has it")
+    amp_enable: bool = option(
+        False, "mixed precision (bfloat16) on devices that have units for it; elsewhere nothing changes"
+    )
+    accumulate: int = option(
+        1,
+        "add up the gradients of this many batches before a step: a larger batch in less memory",
+        low=1,
+        high=65536,
+    )
+    checkpoint_activations: bool = option(
+        False, "compute the flows' hidden layers again in the backward pass instead of keeping them: less memory"
+    )
+    compile: bool = option(False, "compile the flows (torch.compile); on a CPU this needs a C++ compiler")
+    profile: int = option(0, "write a trace of this many training steps into the run folder", low=0, high=1000)
     resume: bool = option(False, "go on with the newest unfinished run of the same settings")
     tensorboard: bool = option(False, "log to TensorBoard files in the run folder")
     wandb_enable: bool = option(False, "log to Weights & Biases")
@@ -268,6 +289,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.run.mode == "test" and not self.eval.eval_ckpt:
             raise UsageError("--eval_ckpt: expected a checkpoint file in --mode test, but got none")
+        if self.data.pre_extract and self.data.cache == "none":
+            raise UsageError("--pre-extract: contradicts --cache none; leave one of them out")
         if self.train.noise and not self.model.standardize:
             raise UsageError("--noise: works on standardized features, but --no-standardize was given")
         if self.eval.compare and self.data.dataset not in PUBLISHED:
@@ -298,7 +321,7 @@ _PAPER = _METHOD | {"extractor": "convnextv2_base", "standardize": False}
 _SMALL = _METHOD | {
     "extractor": "tf_efficientnet_lite0", "input_size": 256, "dim_cpc": 64, "k_cpc": 16, "k_cspc": 128,
     "c_pos_conds": (16,), "lr": 3e-4, "schedule": "cosine", "warmup": 0.1, "noise": 0.3, "weight_decay": 0.01,
-    "meta_epochs": 3, "pre_extract": True,
+    "meta_epochs": 3,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-mvtec": _PAPER | {"dataset": "mvtec"},

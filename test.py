@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import build_datasets, resolve_classes
-from datasets.features import CachedFeatures, FeatureBatch, LiveFeatures, cache_key, cached_features
+from datasets.cache import FeatureSize, cache_key, check_space, make_store
+from datasets.features import CachedFeatures, FeatureBatch, LiveFeatures
 from datasets.folder import ImageFolder
 from datasets.loaders import resolve_workers, test_loader, train_loader
 from datasets.transforms import denormalize
@@ -27,7 +28,7 @@ from models.official import is_official, load_official, load_strictly
 from models.vqflow import VQFlow, VQFlowOutput, pool_features
 from utils.bootstrap import bootstrap
 from utils.checkpoint import FORMAT, read_checkpoint
-from utils.device import autocast, resolve_device
+from utils.device import autocast, check_compiler, has_bfloat16, resolve_device
 from utils.gallery import ImageResult, Look, Views, calibrate
 from utils.metrics import ClassAccumulator, ClassResult, mean_results
 from utils.plots import save_picture, triptych
@@ -60,24 +61,38 @@ class Stage:
 
     def __init__(self, config: Config) -> None:
         self.config, self.device = config, resolve_device(config.run.device)
+        if config.train.amp_enable and not has_bfloat16(self.device):
+            print(f"--amp-enable: this {self.device.type} has no units for bfloat16; computing in float32")
+        if config.train.compile:
+            check_compiler(self.device)
         self.cache = check_writable(config.run.work_dir) / "cache"
         seed_everything(config.run.seed)  # for an extractor with random weights
         model = config.model
         self.extractor = FrozenExtractor(
             model.extractor, input_size=config.data.input_size, weights=model.weights, pretrained=model.pretrained
-        ).to(self.device)
+        ).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.fingerprint = self.extractor.fingerprint()
         self.workers = resolve_workers(config.data.workers, self.device.type)
 
     def build_model(self) -> VQFlow:
         """A new model, its random choices drawn from the seed."""
         seed_everything(self.config.run.seed)
-        return VQFlow(self.config.model, self.extractor.channels, self.extractor.strides).to(self.device)
+        model = VQFlow(
+            self.config.model, self.extractor.channels, self.extractor.strides,
+            recompute=self.config.train.checkpoint_activations,
+        )  # fmt: skip
+        return self.placed(model)
+
+    def placed(self, model: VQFlow) -> VQFlow:
+        """On the device, channels-last, compiled if wanted."""
+        if self.config.train.compile:
+            model.compile_flows()
+        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def extract(self, image: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) -> pooled feature levels."""
         with torch.no_grad(), autocast(self.device, self.config.train.amp_enable):
-            levels = self.extractor(image)
+            levels = self.extractor(image.contiguous(memory_format=torch.channels_last))
         return [h.float() for h in pool_features(levels, self.extractor.strides, self.config.model.pool_type)]
 
     def training_features(self, dataset: ImageFolder) -> Source:
@@ -101,17 +116,28 @@ class Stage:
         )
 
     def _source(self, loader: DataLoader, dataset: ImageFolder) -> Source:
-        """From the cache with --pre-extract, else computed batch by batch."""
-        if not self.config.data.pre_extract:
-            return LiveFeatures(loader, self.extract, self.device)
+        """From a cache as --cache says, else computed batch by batch."""
+        data, ordered = self.config.data, self._ordered(dataset)
         key = cache_key(
             dataset, extractor=self.fingerprint, pool=self.config.model.pool_type, size=dataset.input_size,
-            masks=dataset.mask_size, amp=self.config.train.amp_enable,
+            masks=dataset.mask_size, amp=self.config.train.amp_enable and has_bfloat16(self.device),
         )  # fmt: skip
-        return cached_features(
-            loader, self._ordered(dataset), self.extract, device=self.device, root=self.cache, key=key,
+        folder = self.cache / key
+        place = "disk" if data.cache == "auto" else data.cache
+        if data.cache == "auto" and not data.pre_extract and not folder.is_dir():
+            once = self.config.run.mode == "test"  # a cache would not be read a second time
+            size = None if once else FeatureSize.of(dataset, self.extract, self.device)
+            problem = size and check_space(size, place, self.cache, self.device)
+            if problem:
+                print(f"--cache auto: {problem}: they are computed anew in each epoch")
+            place = "none" if once or problem else place
+        if place == "none":
+            return LiveFeatures(loader, self.extract, self.device)
+        store = make_store(
+            place, folder, ordered, self.extract, device=self.device,
             progress=lambda batches, text: tqdm(batches, desc=text, leave=False),
         )  # fmt: skip
+        return CachedFeatures(loader, store, self.device)
 
 
 @torch.no_grad()
@@ -345,8 +371,13 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
             )
     values = {k: v for part in to_dict(saved).values() for k, v in part.items()}
     own = tuple(content["classes"])
-    here = {"device": config.run.device, "work_dir": config.run.work_dir, "workers": config.data.workers}
-    values |= here | {"class_names": own, "resume": False, "pre_extract": False} | chosen
+    here: dict[str, Any] = {
+        "device": config.run.device,
+        "work_dir": config.run.work_dir,
+        "workers": config.data.workers,
+    }
+    here |= {"class_names": own, "resume": False, "cache": "auto", "pre_extract": False}
+    values |= here | chosen
     if not saved.data.multi_class:
         if not {"all", *own} & set(values["class_names"]):
             raise UsageError(f"--class-names: {name} is a model of {own[0]!r} alone")
@@ -361,7 +392,8 @@ def load_model(content: dict[str, Any], stage: Stage, name: str) -> VQFlow:
         UsageError: other sizes than asked for, or other weights of the extractor than in training.
     """
     if is_official(content):
-        return load_official(content, stage.config.model, stage.extractor.channels, name=name).to(stage.device)
+        model = load_official(content, stage.config.model, stage.extractor.channels, name=name)
+        return stage.placed(model)
     if content["extractor"] != stage.fingerprint:
         raise UsageError(
             f"--weights: {name} was trained on other weights of {stage.config.model.extractor} than the ones here"

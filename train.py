@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from test import EvalResult, Source, Stage, evaluate, finish, report_pages, save
 from utils.checkpoint import read_checkpoint, write_checkpoint
 from utils.device import autocast
 from utils.log import RunLog, optional
+from utils.profile import traced
 from utils.report import ClassPage
 from utils.runs import new_run, resumed_run, write_config
 from utils.schedule import learning_rate
@@ -73,19 +75,22 @@ def train_epoch(
     model.train()
     began, images, count = time.perf_counter(), 0, 0
     sums: Tensor | None = None
-    for batch in batches:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, start + count * step)
-        with autocast(batch.label.device, config.amp_enable):
-            output = model.forward_pooled(batch.features, noise=config.noise)
-            terms = loss_terms(output, config.quantize_weight)
+    for group in grouped(batches, config.accumulate):
+        for settings in optimizer.param_groups:
+            settings["lr"] = learning_rate(config, start + count * step)
         optimizer.zero_grad(set_to_none=True)
-        terms.total.backward()
+        rows = []
+        for batch in group:
+            with autocast(batch.label.device, config.amp_enable):
+                output = model.forward_pooled(batch.features, noise=config.noise)
+                terms = loss_terms(output, config.quantize_weight)
+            (terms.total / len(group)).backward()
+            rows.append(torch.stack([terms.total, terms.nll, terms.commitment]).detach().double())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
-        row = torch.stack([terms.total, terms.nll, terms.commitment, norm]).detach().double()
+        row = torch.cat([torch.stack(rows).sum(0), norm.detach().double()[None] * len(group)])
         sums = row if sums is None else sums + row
-        images, count = images + len(batch.path), count + 1
+        images, count = images + sum(len(batch.path) for batch in group), count + len(group)
     assert sums is not None
     loss, nll, commitment, norm = (sums / count).tolist()
     if not all(map(torch.isfinite, sums)):
@@ -94,6 +99,13 @@ def train_epoch(
         loss=loss, nll=nll, bits_per_dim=bits_per_dim(nll, output.dims), commitment=commitment, grad_norm=norm,
         lr=optimizer.param_groups[0]["lr"], images=images, seconds=time.perf_counter() - began,
     )  # fmt: skip
+
+
+def grouped(batches: Iterable[FeatureBatch], size: int) -> Iterator[list[FeatureBatch]]:
+    """`size` batches at a time; the last group may be smaller."""
+    running = iter(batches)
+    while group := list(islice(running, size)):
+        yield group
 
 
 def bits_per_dim(nll: float, dims: int) -> float:
@@ -147,7 +159,10 @@ class Trainer:
         self.evaluate, self.folder, self.identity, self.report = evaluate, folder, identity, report
         train = config.train
         self.optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=train.lr, weight_decay=train.weight_decay
+            [p for p in model.parameters() if p.requires_grad],
+            lr=train.lr,
+            weight_decay=train.weight_decay,
+            fused=next(model.parameters()).device.type in ("cuda", "cpu"),
         )
         self.best: dict[str, dict[str, float]] = {}
 
@@ -174,9 +189,10 @@ class Trainer:
             book.reset_usage()
         share = 1 / (train.meta_epochs * train.sub_epochs)
         for sub in range(epoch * train.sub_epochs, (epoch + 1) * train.sub_epochs):
-            stats = train_epoch(
-                self.model, self.features(sub), self.optimizer, train, start=sub * share, step=share / self.steps
-            )
+            batches = self.features(sub)
+            if train.profile and sub == 0:
+                batches = traced(batches, train.profile * train.accumulate, self.folder / "trace.json")
+            stats = train_epoch(self.model, batches, self.optimizer, train, start=sub * share, step=share / self.steps)
         usage = {name: book.statistics() for name, book in books.items()}
         if train.reassign_quantize:
             for book in books.values():

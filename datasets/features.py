@@ -1,4 +1,4 @@
-"""Features of a data set, batch by batch: computed each time, or once and read from a memory-mapped cache.
+"""Features of a data set, batch by batch: computed each time, or once and read from a cache.
 
 Both ways give the same batches in the same order; the cache holds half precision, so its values agree with computed
 ones to a relative 2^-11.
@@ -6,25 +6,16 @@ ones to a relative 2^-11.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datasets.cache import Extract, FeatureStore
 from datasets.folder import Batch, ImageFolder
-from default import UsageError
-
-HALF_MAX = 65504.0
-Extract = Callable[[Tensor], list[Tensor]]  # images (B, 3, H, W) -> pooled feature levels
-Progress = Callable[[DataLoader, str], Iterator[Batch]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +27,12 @@ class FeatureBatch:
     label: Tensor
     class_index: Tensor
     path: tuple[str, ...]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors in it."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            yield from (v for v in (value if entry.name == "features" else [value]) if isinstance(v, Tensor))
 
 
 class LiveFeatures:
@@ -52,23 +49,22 @@ class LiveFeatures:
         """One pass; a shuffled loader's order depends on its seed and on `number` alone."""
         if hasattr(self.loader.sampler, "set_epoch"):
             self.loader.sampler.set_epoch(number)
-        for batch in self.loader:
-            batch = batch.to(self.device, non_blocking=True)
-            yield FeatureBatch(
-                features=self.extract(batch.image), mask=batch.mask, label=batch.label,
-                class_index=batch.class_index, path=batch.path,
-            )  # fmt: skip
+        return prefetched(map(self._features, iter(self.loader)), self.device)
+
+    def _features(self, batch: Batch) -> FeatureBatch:
+        batch = batch.to(self.device, non_blocking=True)
+        return FeatureBatch(
+            features=self.extract(batch.image), mask=batch.mask, label=batch.label,
+            class_index=batch.class_index, path=batch.path,
+        )  # fmt: skip
 
 
 class CachedFeatures:
-    """Reads the batches of the loader's batch sampler from a cache folder written by `build_cache`."""
+    """Reads the batches of the loader's batch sampler from a store."""
 
-    def __init__(self, loader: DataLoader, folder: Path, device: torch.device) -> None:
-        self.loader, self.device = loader, device
+    def __init__(self, loader: DataLoader, store: FeatureStore, device: torch.device) -> None:
+        self.loader, self.store, self.device = loader, store, device
         self.dataset: ImageFolder = loader.dataset  # type: ignore[assignment]
-        names = sorted(folder.glob("level_*.npy"))
-        self.levels = [np.load(name, mmap_mode="r") for name in names]
-        self.masks = np.load(folder / "masks.npy", mmap_mode="r")
 
     def __len__(self) -> int:
         """Batches in a pass."""
@@ -78,94 +74,49 @@ class CachedFeatures:
         """One pass; a shuffled loader's order depends on its seed and on `number` alone."""
         if hasattr(self.loader.sampler, "set_epoch"):
             self.loader.sampler.set_epoch(number)  # type: ignore[union-attr]
-        for indices in self.loader.batch_sampler:  # type: ignore[union-attr]
-            yield self.read(indices)
+        return prefetched(map(self.read, self.loader.batch_sampler), self.device)  # type: ignore[arg-type]
 
     def read(self, indices: Sequence[int]) -> FeatureBatch:
-        """The images of these numbers, features in float32."""
+        """The images of these numbers, features in float32, channels-last."""
         items = [self.dataset.items[i] for i in indices]
-        side = self.dataset.mask_size
-        masks = np.unpackbits(self.masks[indices], axis=1, count=side * side).reshape(-1, side, side)
+        side, rows = self.dataset.mask_size, torch.tensor(indices)
+        masks = np.unpackbits(self.store.masks[rows].numpy(), axis=1, count=side * side).reshape(-1, side, side)
         return FeatureBatch(
-            features=[torch.from_numpy(level[indices]).to(self.device).float() for level in self.levels],
-            mask=torch.from_numpy(masks.astype(bool)).to(self.device),
-            label=torch.tensor([item.label for item in items], device=self.device),
-            class_index=torch.tensor([item.class_index for item in items], device=self.device),
+            features=[self._send(level[rows.to(level.device)]).float().permute(0, 3, 1, 2) for level in self.levels],
+            mask=self._send(torch.from_numpy(masks.astype(bool))),
+            label=self._send(torch.tensor([item.label for item in items])),
+            class_index=self._send(torch.tensor([item.class_index for item in items])),
             path=tuple(str(item.path) for item in items),
         )
 
+    @property
+    def levels(self) -> tuple[Tensor, ...]:
+        return self.store.levels
 
-def cache_key(dataset: ImageFolder, **settings: object) -> str:
-    """Which cache fits: the files with sizes and times, and all `settings` that the features depend on."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for item in dataset.items:
-        for path in (item.path, item.mask_path):
-            if path is not None:
-                stat = path.stat()
-                digest.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{item.label}\n".encode())
-    return digest.hexdigest()[:20]
-
-
-def cached_features(
-    loader: DataLoader,
-    ordered: DataLoader,
-    extract: Extract,
-    *,
-    device: torch.device,
-    root: Path,
-    key: str,
-    progress: Progress,
-) -> CachedFeatures:
-    """Features of `loader`'s batches from the cache `root`/`key`, which is first built from `ordered` if need be.
-
-    `ordered` is a loader over the same data set, in order and complete. The cache is written beside its place and
-    moved there when it is whole, so a half-written one is never used.
-
-    Raises:
-        UsageError: the disk is too small.
-    """
-    folder = root / key
-    if not folder.is_dir():
-        build_cache(ordered, extract, device=device, folder=folder, progress=progress)
-    return CachedFeatures(loader, folder, device)
+    def _send(self, value: Tensor) -> Tensor:
+        """To the device; to CUDA through pinned memory, so that the copy does not stop the program."""
+        if self.device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()
+        return value.to(self.device, non_blocking=True)
 
 
-def build_cache(
-    ordered: DataLoader, extract: Extract, *, device: torch.device, folder: Path, progress: Progress
-) -> None:
-    """Write the features of every image (float16, one .npy per level) and the masks (packed bits)."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    part.mkdir()
-    count, start = len(ordered.dataset), 0  # type: ignore[arg-type]
-    arrays: list[np.ndarray] = []
-    try:
-        for batch in progress(ordered, f"features of {count} images"):
-            levels = [f.clamp(-HALF_MAX, HALF_MAX).half().cpu().numpy() for f in extract(batch.image.to(device))]
-            masks = np.packbits(batch.mask.flatten(1).numpy(), axis=1)
-            if not arrays:
-                arrays = _allocate(part, count, levels, masks)
-            for array, values in zip(arrays, [*levels, masks], strict=True):
-                array[start : start + len(values)] = values
-            start += len(masks)
-        del arrays
-        if not folder.is_dir():  # another process may have been faster
-            part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+def prefetched(batches: Iterator[FeatureBatch], device: torch.device) -> Iterator[FeatureBatch]:
+    """On CUDA the next batch is read and copied on a stream of its own while the current one is worked on."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)
 
+    def following() -> FeatureBatch | None:
+        with torch.cuda.stream(side):
+            return next(batches, None)
 
-def _allocate(part: Path, count: int, levels: list[np.ndarray], masks: np.ndarray) -> list[np.ndarray]:
-    """Files for all images, after a look at the disk."""
-    need = sum(a[0].nbytes for a in [*levels, masks]) * count
-    free = shutil.disk_usage(part).free
-    if need > free * 0.95:
-        raise UsageError(
-            f"--pre-extract: the features of {count} images need {need / 1e9:.1f} GB under {part.parent}, where "
-            f"{free / 1e9:.1f} GB are free; use another --work-dir, or --no-pre-extract"
-        )
-    names = [f"level_{i}.npy" for i in range(len(levels))] + ["masks.npy"]
-    return [
-        np.lib.format.open_memmap(part / name, mode="w+", dtype=a.dtype, shape=(count, *a.shape[1:]))
-        for name, a in zip(names, [*levels, masks], strict=True)
-    ]
+    coming = following()
+    while coming is not None:
+        current, main = coming, torch.cuda.current_stream(device)
+        main.wait_stream(side)
+        for tensor in current.tensors():
+            if tensor.device.type == "cuda":
+                tensor.record_stream(main)
+        coming = following()
+        yield current

@@ -4,9 +4,9 @@ Almost all work of the flows is the first 3x3 convolution of each sub-network, a
 input is the condition. The condition has structure: one of K codes at each position, vectors that are constant over
 the image, an encoding that is constant over the batch. As convolution is linear, it is the sum over these parts:
 
-- codes: rows of a table (code x tap, K * 9 rows) that are looked up and added, nine for each position;
+- codes: rows of a table (tap x code, 9 K rows) that are looked up and added, nine for each position;
 - vectors: nine products per image, added where the tap lies inside the image (zero padding cuts taps at the border);
-- the encoding: one map, the same for all images;
+- the encoding: one map, the same for all images, whose positions are further rows of the table;
 - the straight-through gradient, which goes to the embedding as if it, and not its code, had been convolved.
 
 `Condition.dense` is the same condition as one map; with `direct` it is convolved as such, which is the reference.
@@ -14,14 +14,15 @@ the image, an encoding that is constant over the batch. As convolution is linear
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 TAPS = 9
 
@@ -139,57 +140,186 @@ class Condition:
 
         Args:
             x: (B, c, H, W), what is conditioned.
-            weight: (n, c + C, 3, 3).
+            weight: (n, c + C, 3, 3), fastest in channels-last memory.
             bias: (n,).
             cache: belongs to `weight`.
         """
         if self.direct:
             return F.conv2d(torch.cat([x, self.dense().to(x.dtype)], 1), weight, bias, padding=1)
-        # One split, so that backward joins the gradients of all pieces once.
+        if self.codes is None:
+            return self._by_pieces(x, weight, bias, cache)
+        part, recorded = self.codes, torch.is_grad_enabled()
+        if recorded and part.indices.numel() < len(part.codes):
+            total = self._by_pieces(x, weight, bias, cache)
+        else:
+            vectors = [v.vector for v in self.vectors]
+            if recorded:
+                own, table, products = _Products.apply(weight, self, x.shape[1], *vectors)
+            else:
+                taps = by_tap(weight)
+                own, products = weight[:, : x.shape[1]], self.products(taps, x.shape[1])
+                table = cache.get("table", self._sources(weight), partial(self.table, taps, weight, x.shape[1]))
+            total = F.conv2d(x, own, bias, padding=1) + self._looked_up(table, products)
+        if part.through.requires_grad and recorded:
+            start, width = x.shape[1], part.through.shape[1]
+            total = _StraightThrough.apply(total, part.through, weight[:, start : start + width].detach())
+        return total
+
+    def _by_pieces(self, x: Tensor, weight: Tensor, bias: Tensor | None, cache: TableCache) -> Tensor:
+        """Without a table: a plain convolution of the map, or of the codes where there are fewer positions than codes.
+
+        One split of the weights, so that backward joins the gradients of all pieces once.
+        """
         own, *pieces = weight.split([x.shape[1], *self.widths], 1)
         total = F.conv2d(x, own, bias, padding=1)
-        if self.vectors:
-            total = total + self._vectors(pieces)
+        for part in self.vectors:
+            products = torch.einsum("bv,nvij->bijn", part.vector, pieces[part.piece]).flatten(1, 2)
+            total = total + as_map(self.borders(products) @ products, self.size)
         if self.position is not None:
             encoding, piece = self.position[None], pieces[self.position_piece]
             make = partial(F.conv2d, encoding, piece, padding=1)
             total = total + cache.get("position", (weight, encoding), make)
-        if self.map is not None:
-            total = total + F.conv2d(self.map, pieces[0], padding=1)
+        dense = self.map
         if self.codes is not None:
-            total = total + self._codes(self.codes, pieces, cache)
-            if self.codes.through.requires_grad:
-                start, width = x.shape[1], self.codes.through.shape[1]
-                total = _StraightThrough.apply(total, self.codes.through, weight[:, start : start + width].detach())
+            dense = F.embedding(self.codes.indices, self.codes.codes).permute(0, 3, 1, 2)
+        if dense is not None:
+            at = 0
+            for piece in pieces:
+                if at < dense.shape[1]:
+                    total = total + F.conv2d(dense[:, at : at + piece.shape[1]], piece, padding=1)
+                at += piece.shape[1]
         return total
 
-    def _vectors(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The sum over taps inside the image of each tap's product with the vectors."""
-        products = [torch.einsum("bv,nvij->bnij", part.vector, pieces[part.piece]) for part in self.vectors]
-        total = sum(products[1:], products[0])
-        rows, columns = (inside(length, total) for length in self.size)
-        return torch.einsum("bnij,yi,xj->bnyx", total, rows, columns)
+    def _looked_up(self, table: Tensor, products: Tensor | None) -> Tensor:
+        """The rows of each position and the vectors' products at its taps inside the image, (B, n, H, W)."""
+        assert self.codes is not None
+        outside = TAPS * len(self.codes.codes)
+        rows = F.embedding_bag(self.rows, table, mode="sum", padding_idx=outside).view(
+            len(self.codes.indices), -1, table.shape[1]
+        )
+        if products is not None:
+            borders = self.borders(products).expand(len(rows), -1, -1)
+            rows = torch.baddbmm(rows, borders, products.to(rows.dtype).expand(len(rows), -1, -1))
+        return as_map(rows, self.size)
 
-    def _codes(self, part: CodePart, pieces: Sequence[Tensor], cache: TableCache) -> Tensor:
-        """The sum of nine table rows for each position; where positions are fewer than codes, the plain convolution."""
-        b, h, w = part.indices.shape
-        count = next(i for i in range(len(self.widths) + 1) if sum(self.widths[:i]) == part.codes.shape[1])
-        wide = pieces[:count]
-        if torch.is_grad_enabled() and b * h * w < len(part.codes):
-            dense = F.embedding(part.indices, part.codes).permute(0, 3, 1, 2)
-            maps = [F.conv2d(d, p, padding=1) for d, p in zip(dense.split(self.widths[:count], 1), wide, strict=True)]
-            return sum(maps[1:], maps[0])
-        table = cache.get("codes", (*wide, part.codes), partial(code_table, part.codes, wide))
-        rows = F.embedding_bag(part.neighbours, table, mode="sum", padding_idx=len(table) - 1)
-        return rows.view(b, h, w, -1).permute(0, 3, 1, 2)
+    @cached_property
+    def rows(self) -> Tensor:
+        """The table's rows for each position, (B H W, 9), or (B H W, 10) with the encoding's."""
+        assert self.codes is not None
+        near, first = self.codes.neighbours, TAPS * len(self.codes.codes) + 1
+        if self.position is None:
+            return near
+        place = torch.arange(first, first + self.size[0] * self.size[1], device=near.device)
+        return torch.cat([near, place.repeat(len(self.codes.indices))[:, None]], 1)
+
+    def borders(self, like: Tensor) -> Tensor:
+        """(H W, 9): 1 where a tap of a position lies inside the image."""
+        rows, columns = (inside(length, like) for length in self.size)
+        return (rows[:, None, :, None] * columns[None, :, None, :]).reshape(-1, TAPS)
+
+    def _start(self, piece: int, own: int) -> int:
+        """The first channel of a piece, after `own` channels of what is conditioned."""
+        return own + sum(self.widths[:piece])
+
+    def _sources(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """What the table depends on."""
+        assert self.codes is not None
+        return (weight, self.codes.codes) + (() if self.position is None else (self.position,))
+
+    def table(self, taps: Tensor, weight: Tensor, own: int) -> Tensor:
+        """Each code's product with each tap, a row of zeros, and the encoding's convolution: (9 K + 1 [+ H W], n)."""
+        assert self.codes is not None
+        k, q = self.codes.codes.shape
+        count = TAPS * k + 1 + (self.size[0] * self.size[1] if self.position is not None else 0)
+        table = taps.new_empty(count, taps.shape[2])
+        codes = self.codes.codes.to(taps.dtype).expand(TAPS, -1, -1)
+        torch.bmm(codes, taps[:, own : own + q], out=table[: TAPS * k].view(TAPS, k, -1))
+        table[TAPS * k] = 0
+        if self.position is not None:
+            at = self._start(self.position_piece, own)
+            piece = weight[:, at : at + len(self.position)]
+            made = F.conv2d(self.position[None], piece, padding=1)
+            table[TAPS * k + 1 :] = made[0].permute(1, 2, 0).flatten(0, 1)
+        return table
+
+    def products(self, taps: Tensor, own: int) -> Tensor | None:
+        """The sum over vectors of their products with each tap, (B, 9, n)."""
+        made = []
+        for part in self.vectors:
+            at = self._start(part.piece, own)
+            vector = part.vector.to(taps.dtype).expand(TAPS, -1, -1)
+            made.append(torch.bmm(vector, taps[:, at : at + vector.shape[2]]))
+        return sum(made[1:], made[0]).transpose(0, 1) if made else None
 
 
-def code_table(codes: Tensor, pieces: Sequence[Tensor]) -> Tensor:
-    """Each code's product with each tap: `codes` (K, Q), pieces (n, Q_i, 3, 3) -> (9 K + 1, n), the last row zero."""
-    n, tables = len(pieces[0]), []
-    for part, piece in zip(codes.split([p.shape[1] for p in pieces], 1), pieces, strict=True):
-        tables.append(torch.einsum("kq,nqt->tkn", part, piece.flatten(2)))
-    return F.pad(sum(tables[1:], tables[0]).reshape(-1, n), (0, 0, 0, 1))
+class _Products(torch.autograd.Function):
+    """All products of a weight with what it is convolved with: the own part, the table, the vectors' products.
+
+    They are linear in the weight. Backward writes their gradients into one buffer instead of joining one for each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, condition: Condition, own: int, *vectors: Tensor) -> Any:
+        ctx.condition, ctx.own = condition, own
+        ctx.save_for_backward(weight)
+        taps = by_tap(weight)
+        if torch.is_autocast_enabled(weight.device.type):
+            taps = taps.to(torch.get_autocast_dtype(weight.device.type))
+        kept = weight[:, :own].clone(memory_format=torch.channels_last)
+        products = condition.products(taps, own)
+        ctx.set_materialize_grads(False)
+        return kept, condition.table(taps, weight, own), products
+
+    @staticmethod
+    def backward(ctx: Any, own: Tensor, table: Tensor, products: Tensor | None) -> Any:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        condition, start = ctx.condition, ctx.own
+        codes = condition.codes.codes
+        k, q = codes.shape
+        grad = torch.empty_like(weight, memory_format=torch.channels_last)
+        taps, end = by_tap(grad).transpose(1, 2), start + q
+        grad[:, :start] = own
+        near = table[: TAPS * k].view(TAPS, k, -1).transpose(1, 2)
+        _product(taps[..., start:end], near, codes, add=False)
+        grad[:, end:].zero_()
+        if condition.position is not None:
+            at, encoding = condition._start(condition.position_piece, start), condition.position[None]
+            shape = (len(weight), encoding.shape[1], 3, 3)
+            place = as_map(table[TAPS * k + 1 :][None], condition.size).to(encoding.dtype)
+            grad[:, at : at + shape[1]] += conv2d_weight(encoding, shape, place, padding=1)
+        found: list[Tensor | None] = []
+        for number, part in enumerate(condition.vectors):
+            assert products is not None
+            at, near = condition._start(part.piece, start), products.transpose(0, 1)  # (9, B, n)
+            width = part.vector.shape[1]
+            _product(taps[..., at : at + width], near.transpose(1, 2), part.vector, add=True)
+            back = None
+            if ctx.needs_input_grad[3 + number]:
+                mine = by_tap(weight)[:, at : at + width].transpose(1, 2).to(near.dtype)
+                back = torch.bmm(near, mine).sum(0).to(part.vector.dtype)
+            found.append(back)
+        return (grad, None, None, *found)
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """Write or add `a` (9, n, R) times `b` (R, V) into the view `out` (9, n, V), without a copy of one precision."""
+    b = b.to(a.dtype).expand(TAPS, -1, -1)
+    if a.dtype == out.dtype:
+        torch.baddbmm(out, a, b, beta=float(add), out=out)
+    elif add:
+        out += torch.bmm(a, b)
+    else:
+        out.copy_(torch.bmm(a, b))
+
+
+def by_tap(weight: Tensor) -> Tensor:
+    """(n, C, 3, 3) -> (9, C, n), a view of channels-last memory."""
+    return weight.permute(2, 3, 1, 0).flatten(0, 1)
+
+
+def as_map(rows: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, H W, n) -> (B, n, H, W), channels-last."""
+    return rows.unflatten(1, size).permute(0, 3, 1, 2)
 
 
 def inside(length: int, like: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from FrEIA.modules import AllInOneBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models.condition import Condition, TableCache
 
@@ -21,6 +24,43 @@ class ChannelNorm(nn.LayerNorm):
         return y.permute(0, 3, 1, 2)
 
 
+def activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer normalisation over the channels of (B, C, H, W), then ReLU, in the precision of `weight`."""
+    y = F.layer_norm(x.permute(0, 2, 3, 1).to(weight.dtype), weight.shape, weight, bias, eps)
+    return F.relu(y, inplace=True).permute(0, 3, 1, 2)
+
+
+def couple(x: Tensor, raw: Tensor, split: int, clamp: float, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Affine coupling and global affine of FrEIA's AllInOneBlock.
+
+    Args:
+        x: (B, c, H, W), the passive half of `split` channels first.
+        raw: (B, 2 (c - split), H, W), what the sub-network says.
+        scale, offset: (1, c, 1, 1).
+
+    Returns:
+        (B, c, H, W), and the coupling's log-determinant per position (B, H, W).
+    """
+    log_scale, shift = (0.1 * raw.to(x.dtype)).chunk(2, 1)
+    log_scale = clamp * log_scale.tanh()
+    y = torch.cat([x[:, :split], x[:, split:] * log_scale.exp() + shift], 1)
+    return y * scale + offset, log_scale.sum(1)
+
+
+class Permutation(torch.autograd.Function):
+    """Channels in a new order; backward is the order's inverse instead of a scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return x.permute(0, 2, 3, 1).index_select(3, order).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (order,) = ctx.saved_tensors
+        return grad.permute(0, 2, 3, 1).index_select(3, order.argsort()).permute(0, 3, 1, 2), None
+
+
 class Subnet(nn.Module):
     """Predicts a coupling's coefficients: 3x3 convolution n -> n, ChannelNorm, ReLU, 3x3 convolution n -> out.
 
@@ -32,7 +72,7 @@ class Subnet(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.ln = ChannelNorm(channels)
         self.conv2 = nn.Conv2d(channels, out, 3, padding=1)
-        self.cache = TableCache()
+        self.cache, self.activate = TableCache(), activate
 
     def train(self, mode: bool = True) -> Subnet:
         self.cache.clear()
@@ -41,7 +81,7 @@ class Subnet(nn.Module):
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """`x` (B, n - C, H, W) and a condition of C channels -> (B, out, H, W)."""
         hidden = condition.convolve(x, self.conv1.weight, self.conv1.bias, self.cache)
-        return self.conv2(F.relu(self.ln(hidden)))
+        return self.conv2(self.activate(hidden, self.ln.weight, self.ln.bias, self.ln.eps))
 
 
 class CouplingBlock(AllInOneBlock):
@@ -57,6 +97,12 @@ class CouplingBlock(AllInOneBlock):
             [(channels, 1, 1)], dims_c=[(condition, 1, 1)], affine_clamping=clamp,
             subnet_constructor=lambda n, out: Subnet(channels=n, out=out),
         )  # fmt: skip
+        self.couple = couple
+
+    def compile_parts(self) -> None:
+        """Compile what is neither a convolution nor a look-up; all blocks share the compiled code."""
+        self.couple = torch.compile(couple)
+        self.subnet.activate = torch.compile(activate)
 
     def coefficients(self, passive: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Log-scale and shift for the active half, each (B, floor(c/2), H, W)."""
@@ -65,12 +111,10 @@ class CouplingBlock(AllInOneBlock):
 
     def forward(self, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(B, c, H, W) -> the same shape, and the log-determinant per position (B, H, W)."""
-        passive, active = x.split(self.splits, dim=1)
-        log_scale, shift = self.coefficients(passive, condition)
-        y = torch.cat([passive, active * log_scale.exp() + shift], 1)
+        raw = self.subnet(x[:, : self.splits[0]], condition)
         scale = self.global_scale_activation(self.global_scale)
-        order = self.w_perm[:, :, 0, 0].argmax(1)
-        return (y * scale + self.global_offset)[:, order], log_scale.sum(1) + scale.log().sum()
+        y, local = self.couple(x, raw, self.splits[0], self.clamp, scale, self.global_offset)
+        return Permutation.apply(y, self.w_perm[:, :, 0, 0].argmax(1)), local + scale.log().sum()
 
     def inverse(self, y: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """The inverse of `forward`, with minus its log-determinant."""
@@ -92,11 +136,17 @@ class LevelFlow(nn.Module):
             CouplingBlock(channels=channels, condition=condition, clamp=clamp) for _ in range(blocks)
         )
 
-    def forward(self, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """(B, c, H, W) -> latents of the same shape and the log-determinant per position (B, H, W)."""
+    def forward(self, x: Tensor, condition: Condition, *, recompute: bool = False) -> tuple[Tensor, Tensor]:
+        """(B, c, H, W) -> latents of the same shape and the log-determinant per position (B, H, W).
+
+        With `recompute` the backward pass computes each block again instead of having kept its hidden layers.
+        """
         local = x.new_zeros(())
         for block in self.blocks:
-            x, change = block(x, condition)
+            if recompute and torch.is_grad_enabled():
+                x, change = checkpoint(block, x, condition, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, change = block(x, condition)
             local = local + change
         return x, local
 

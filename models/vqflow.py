@@ -54,10 +54,19 @@ class VQFlow(nn.Module):
         config: its own part of the configuration.
         channels: channels of the four feature levels, the top one last.
         strides: strides of the levels; levels finer than the top are pooled by two. Default: 4, 8, 16, 32.
+        recompute: the backward pass computes the flows' blocks again instead of keeping their hidden layers.
     """
 
-    def __init__(self, config: ModelConfig, channels: Sequence[int], strides: Sequence[int] = (4, 8, 16, 32)) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        channels: Sequence[int],
+        strides: Sequence[int] = (4, 8, 16, 32),
+        *,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.config, self.channels, self.strides = config, tuple(channels), tuple(strides)
         self.hierarchy = Hierarchy(
             channels=channels, dim=config.dim_cpc, positions=config.positions, concepts=config.k_cpc,
@@ -79,6 +88,12 @@ class VQFlow(nn.Module):
         for level, c in enumerate(channels):
             self.register_buffer(f"mean_{level}", torch.zeros(c))
             self.register_buffer(f"std_{level}", torch.ones(c))
+
+    def compile_flows(self) -> None:
+        """Compile the parts of the flows that gain by it (`torch.compile`); parameters and checkpoints stay."""
+        for flow in self.level_flows:
+            for block in flow.blocks:  # type: ignore[union-attr]
+                block.compile_parts()  # type: ignore[operator]
 
     def pool(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The four levels as the extractor gave them, pooled as this model wants them."""
@@ -103,7 +118,7 @@ class VQFlow(nn.Module):
         conditions = self.hierarchy(features)
         latents, local = [], []
         for level, flow in enumerate(self.level_flows):
-            z, change = flow(features[level], conditions.maps[level])
+            z, change = flow(features[level], conditions.maps[level], recompute=self.recompute)
             if self.prior is not None:
                 z, extra = self.prior(level, z, conditions.concept)
                 change = change + extra

@@ -1,4 +1,4 @@
-"""Which device computes."""
+"""Which device computes, and in which precision."""
 
 from __future__ import annotations
 
@@ -27,8 +27,28 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for bfloat16: elsewhere it is emulated, and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        abilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # newer versions of PyTorch tell
+        return any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
 def autocast(device: torch.device, enabled: bool) -> AbstractContextManager:
-    """bfloat16 mixed precision where `enabled` and the device has it."""
-    if not enabled or device.type == "mps":
+    """bfloat16 mixed precision where `enabled` and the device has units for it; elsewhere nothing changes."""
+    if not enabled or not has_bfloat16(device):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise `UsageError` if PyTorch cannot compile for the device, found out with a tiny function."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:
+        reason = "a C++ compiler (on PATH, or named by CXX)" if device.type == "cpu" else "a working Triton"
+        line = next((row for row in str(error).splitlines() if row.strip()), type(error).__name__)
+        raise UsageError(f"--compile: needs {reason}, but failed here: {line[:120]}; leave --compile out") from error

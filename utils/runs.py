@@ -10,8 +10,8 @@ from default import Config, UsageError, to_dict
 
 # What a resumed run may have otherwise than the run it goes on with.
 FREE = {
-    "data": {"workers", "data_path", "pre_extract"},
-    "train": {"resume", "meta_epochs", "tensorboard", "wandb_enable"},
+    "data": {"workers", "data_path", "cache", "pre_extract"},
+    "train": {"resume", "meta_epochs", "compile", "checkpoint_activations", "profile", "tensorboard", "wandb_enable"},
     "eval": {"bootstrap", "compare", "pictures", "loc_eval", "pro_eval", "pro_eval_interval"},
     "run": {"device", "work_dir", "mode", "runs", "seeds"},
 }

@@ -1,0 +1,191 @@
+"""Where features of a data set are kept: a memory-mapped folder, memory, or the device; built once, whole or not.
+
+A folder is written beside its place under a name of its own and moved there when it is whole: a half-written one is
+never used, and of several processes that build at once the first to finish wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datasets.folder import Batch, ImageFolder
+from default import UsageError
+
+VERSION = 2  # of the folder's layout and of how images are read
+HALF_MAX = 65504.0
+SHARE = 0.95  # of the free space that features may take
+ABANDONED = 2 * 86400  # seconds after which a half-written folder is taken to be a dead process's
+
+Extract = Callable[[Tensor], list[Tensor]]  # images (B, 3, H, W) -> pooled feature levels
+Progress = Callable[[DataLoader, str], Iterator[Batch]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureStore:
+    """`levels` (N, H_l, W_l, c_l) float16, channels last; `masks` (N, ceil(H W / 8)) uint8, eight pixels a byte."""
+
+    levels: tuple[Tensor, ...]
+    masks: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSize:
+    """What the features of a data set take: `shapes` (H_l, W_l, c_l) of an image, and the packed mask's bytes."""
+
+    count: int
+    shapes: tuple[tuple[int, ...], ...]
+    mask: int
+
+    @classmethod
+    def of(cls, dataset: ImageFolder, extract: Extract, device: torch.device) -> FeatureSize:
+        """Asked of the extractor with one black image."""
+        side = dataset.input_size
+        levels = extract(torch.zeros(1, 3, side, side, device=device))
+        shapes = tuple((f.shape[2], f.shape[3], f.shape[1]) for f in levels)
+        return cls(count=len(dataset), shapes=shapes, mask=-(-side * side // 8))
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return self.count * (sum(2 * h * w * c for h, w, c in self.shapes) + self.mask)
+
+    def __str__(self) -> str:
+        return f"features of {self.count} images ({self.total / 1e9:.2f} GB)"
+
+
+def cache_key(dataset: ImageFolder, **settings: object) -> str:
+    """Which cache fits: the files with sizes and times, and all `settings` that the features depend on."""
+    settings |= {"version": VERSION}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for item in dataset.items:
+        for path in (item.path, item.mask_path):
+            if path is not None:
+                stat = path.stat()
+                digest.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{item.label}\n".encode())
+    return digest.hexdigest()[:20]
+
+
+def free_space(place: str, root: Path, device: torch.device) -> float:
+    """Bytes that are free on disk, in memory or on the device; infinite where the system does not tell."""
+    if place == "disk":
+        root.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(root).free
+    if place == "device" and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return float("inf")
+
+
+def check_space(size: FeatureSize, place: str, root: Path, device: torch.device) -> str | None:
+    """What is wrong with keeping the features at `place`, None if they fit."""
+    free = free_space(place, root, device)
+    if size.total <= SHARE * free:
+        return None
+    where = {"disk": f"under {root}", "ram": "in memory", "device": f"on {device}"}[place]
+    return f"the {size} do not fit {where}, where {free / 1e9:.2f} GB are free"
+
+
+def open_store(folder: Path) -> FeatureStore:
+    """A whole cache folder, mapped into memory."""
+    names = sorted(folder.glob("level_*.npy"))
+    levels = tuple(torch.from_numpy(np.load(name, mmap_mode="c")) for name in names)
+    return FeatureStore(levels=levels, masks=torch.from_numpy(np.load(folder / "masks.npy", mmap_mode="c")))
+
+
+def memory_store(size: FeatureSize, place: str, device: torch.device) -> FeatureStore:
+    """An empty store in memory or on the device."""
+    where = device if place == "device" else torch.device("cpu")
+    levels = tuple(torch.empty(size.count, *s, dtype=torch.float16, device=where) for s in size.shapes)
+    return FeatureStore(levels=levels, masks=torch.empty(size.count, size.mask, dtype=torch.uint8))
+
+
+def disk_store(size: FeatureSize, folder: Path) -> FeatureStore:
+    """An empty store in a folder, as `open_store` reads it."""
+    shapes = {f"level_{i}.npy": (np.float16, s) for i, s in enumerate(size.shapes)} | {
+        "masks.npy": (np.uint8, (size.mask,))
+    }
+    made = [
+        torch.from_numpy(np.lib.format.open_memmap(folder / name, mode="w+", dtype=kind, shape=(size.count, *shape)))
+        for name, (kind, shape) in shapes.items()
+    ]
+    return FeatureStore(levels=tuple(made[:-1]), masks=made[-1])
+
+
+def fill(store: FeatureStore, batches: Iterator[Batch], extract: Extract, device: torch.device) -> None:
+    """Features in half precision, values beyond its range clamped, and masks."""
+    start = 0
+    for batch in batches:
+        part = slice(start, start + len(batch.label))
+        for target, level in zip(store.levels, extract(batch.image.to(device, non_blocking=True)), strict=True):
+            target[part] = level.permute(0, 2, 3, 1).clamp(-HALF_MAX, HALF_MAX)
+        store.masks[part] = torch.from_numpy(np.packbits(batch.mask.flatten(1).numpy(), axis=1))
+        start = part.stop
+
+
+def build_folder(
+    folder: Path, size: FeatureSize, ordered: DataLoader, extract: Extract, *, device: torch.device, progress: Progress
+) -> None:
+    """Write the cache `folder`; another process may do the same at the same time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for old in folder.parent.glob("*.part"):
+        if time.time() - old.stat().st_mtime > ABANDONED:
+            shutil.rmtree(old, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
+    try:
+        store = disk_store(size, part)
+        fill(store, progress(ordered, str(size)), extract, device)
+        del store
+        try:
+            part.replace(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def make_store(
+    place: str,
+    folder: Path,
+    ordered: DataLoader,
+    extract: Extract,
+    *,
+    device: torch.device,
+    progress: Progress,
+) -> FeatureStore:
+    """Features of `ordered`'s images at `place` (disk, ram or device), read from `folder` where it is there.
+
+    Raises:
+        UsageError: they do not fit.
+    """
+    if place == "disk" and folder.is_dir():
+        return open_store(folder)
+    size = FeatureSize.of(ordered.dataset, extract, device)  # type: ignore[arg-type]
+    problem = check_space(size, place, folder.parent, device)
+    if problem:
+        raise UsageError(f"--cache {place}: {problem}; use --cache none, or another place")
+    if place == "disk":
+        build_folder(folder, size, ordered, extract, device=device, progress=progress)
+        return open_store(folder)
+    store = memory_store(size, place, device)
+    if folder.is_dir():
+        kept = open_store(folder)
+        for target, source in zip((*store.levels, store.masks), (*kept.levels, kept.masks), strict=True):
+            target.copy_(source)
+    else:
+        fill(store, progress(ordered, str(size)), extract, device)
+    return store
