@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import build_datasets, resolve_classes
-from datasets.cache import FeatureSize, cache_key, check_space, make_store
+from datasets.cache import FeatureSize, cache_key, check_space, make_store, to_half
 from datasets.features import CachedFeatures, FeatureBatch, LiveFeatures
 from datasets.folder import ImageFolder
 from datasets.loaders import resolve_workers, test_loader, train_loader
@@ -90,10 +90,15 @@ class Stage:
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def extract(self, image: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) -> pooled feature levels."""
+        """Images (B, 3, H, W) -> pooled feature levels in float32.
+
+        Rounded to half precision unless --cache none: a cache holds no more, and what is computed must equal what is
+        kept, to the bit, wherever a model is trained or evaluated.
+        """
         with torch.no_grad(), autocast(self.device, self.config.train.amp_enable):
             levels = self.extractor(image.contiguous(memory_format=torch.channels_last))
-        return [h.float() for h in pool_features(levels, self.extractor.strides, self.config.model.pool_type)]
+        pooled = pool_features(levels, self.extractor.strides, self.config.model.pool_type)
+        return [h.float() if self.config.data.cache == "none" else to_half(h).float() for h in pooled]
 
     def training_features(self, dataset: ImageFolder) -> Source:
         """Shuffled batches, the last partial one dropped."""
@@ -376,7 +381,8 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
         "work_dir": config.run.work_dir,
         "workers": config.data.workers,
     }
-    here |= {"class_names": own, "resume": False, "cache": "auto", "pre_extract": False}
+    here |= {"class_names": own, "resume": False, "pre_extract": False}
+    here |= {"cache": "none" if saved.data.cache == "none" else "auto"}
     values |= here | chosen
     if not saved.data.multi_class:
         if not {"all", *own} & set(values["class_names"]):

@@ -33,6 +33,11 @@ Extract = Callable[[Tensor], list[Tensor]]  # images (B, 3, H, W) -> pooled feat
 Progress = Callable[[DataLoader, str], Iterator[Batch]]
 
 
+def to_half(features: Tensor) -> Tensor:
+    """In half precision, which holds no more than HALF_MAX."""
+    return features.clamp(-HALF_MAX, HALF_MAX).half()
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureStore:
     """`levels` (N, H_l, W_l, c_l) float16, channels last; `masks` (N, ceil(H W / 8)) uint8, eight pixels a byte."""
@@ -52,10 +57,10 @@ class FeatureSize:
     @classmethod
     def of(cls, dataset: ImageFolder, extract: Extract, device: torch.device) -> FeatureSize:
         """Asked of the extractor with one black image."""
-        side = dataset.input_size
+        side, mask = dataset.input_size, dataset.mask_size
         levels = extract(torch.zeros(1, 3, side, side, device=device))
         shapes = tuple((f.shape[2], f.shape[3], f.shape[1]) for f in levels)
-        return cls(count=len(dataset), shapes=shapes, mask=-(-side * side // 8))
+        return cls(count=len(dataset), shapes=shapes, mask=-(-mask * mask // 8))
 
     @property
     def total(self) -> int:
@@ -131,7 +136,7 @@ def fill(store: FeatureStore, batches: Iterator[Batch], extract: Extract, device
     for batch in batches:
         part = slice(start, start + len(batch.label))
         for target, level in zip(store.levels, extract(batch.image.to(device, non_blocking=True)), strict=True):
-            target[part] = level.permute(0, 2, 3, 1).clamp(-HALF_MAX, HALF_MAX)
+            target[part] = to_half(level).permute(0, 2, 3, 1)
         store.masks[part] = torch.from_numpy(np.packbits(batch.mask.flatten(1).numpy(), axis=1))
         start = part.stop
 

@@ -34,7 +34,8 @@ class Guarded(torch.utils.data.Dataset):
     """Hands the user's errors through worker processes as values, which `collate_guarded` raises in the main one."""
 
     def __init__(self, dataset: ImageFolder) -> None:
-        self.dataset, self.items, self.mask_size = dataset, dataset.items, dataset.mask_size
+        self.dataset, self.items = dataset, dataset.items
+        self.input_size, self.mask_size = dataset.input_size, dataset.mask_size
 
     def __len__(self) -> int:
         return len(self.dataset)
