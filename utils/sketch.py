@@ -1,6 +1,6 @@
 """How much mass lies at or above every score, in memory of fixed size (but for a logarithm of their number).
 
-Up to `BUFFER` scores (an eighth of them where they have masses) are kept as they are: small inputs are exact. Beyond
+Up to `BUFFER` scores (a sixteenth of them where they have masses) are kept as they are: small inputs are exact. Beyond
 that only boundaries are kept, and counting between them is exact. Boundaries are dense in rank from the top: around the
 R-th highest score they are about max(1, R / RESOLUTION) scores apart, whatever the distribution, as only the order of
 scores counts. Ties need one boundary, however many they are. Where later scores crowd between two boundaries, new ones
@@ -43,13 +43,13 @@ class RankSketch:
         if len(values):
             self._pending.append((values, masses))
             self._waiting += len(values)
-        if self._waiting >= (self.buffer if self.columns == 1 else self.buffer // 2):  # masses take room in counting
+        if self._waiting >= self.buffer:
             self._flush()
 
     @property
     def buffer(self) -> int:
         """How many scores are kept as they are, about the same number of bytes with and without masses."""
-        return BUFFER if self.columns == 1 else BUFFER // 8
+        return BUFFER if self.columns == 1 else BUFFER // 16
 
     def merge(self, other: RankSketch) -> None:
         """Add all mass of another sketch."""
