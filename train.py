@@ -19,7 +19,8 @@ from datasets.folder import ImageFolder
 from default import Config, TrainConfig, UsageError, to_dict
 from models.loss import loss_terms
 from models.vqflow import VQFlow
-from test import EvalResult, Source, Stage, evaluate, finish, report_pages, save_pictures
+from stage import Source, Stage
+from test import EvalResult, evaluate, finish, report_pages, save_pictures
 from utils.checkpoint import read_checkpoint, write_checkpoint
 from utils.device import autocast
 from utils.log import RunLog, optional

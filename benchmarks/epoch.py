@@ -27,7 +27,7 @@ from datasets.loaders import train_loader
 from default import Config, make_config
 from models.extractor import FrozenExtractor
 from models.vqflow import VQFlow, pool_features
-from test import Stage
+from stage import Stage
 from train import initialize, train_epoch
 
 

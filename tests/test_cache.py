@@ -16,7 +16,7 @@ from datasets.loaders import test_loader as ordered_loader
 from default import DataConfig, UsageError
 from fake_data import METHOD, TINY, make_mvtec
 from main import main, parse
-from test import Stage
+from stage import Stage
 
 CPU = torch.device("cpu")
 

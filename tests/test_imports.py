@@ -1,4 +1,4 @@
-"""Imports go one way: default <- utils <- datasets, models <- test <- train <- main."""
+"""Imports go one way: default <- utils <- datasets, models <- stage <- test <- train <- main."""
 
 import ast
 from pathlib import Path
@@ -11,9 +11,10 @@ MAY_IMPORT = {
     "utils": {"default", "utils"},
     "datasets": {"default", "utils", "datasets"},
     "models": {"default", "utils", "models"},
-    "test": {"default", "utils", "datasets", "models"},
-    "train": {"default", "utils", "datasets", "models", "test"},
-    "main": {"default", "utils", "datasets", "models", "test", "train"},
+    "stage": {"default", "utils", "datasets", "models"},
+    "test": {"default", "utils", "datasets", "models", "stage"},
+    "train": {"default", "utils", "datasets", "models", "stage", "test"},
+    "main": {"default", "utils", "datasets", "models", "stage", "test", "train"},
 }
 FILES = sorted(
     p
