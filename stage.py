@@ -1,0 +1,199 @@
+"""What training and evaluation have in common: device, extractor, features of images, and models from checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from datasets.cache import FeatureSize, cache_key, check_space, make_store, to_half
+from datasets.features import CachedFeatures, LiveFeatures
+from datasets.folder import ImageFolder
+from datasets.loaders import resolve_workers, test_loader, train_loader
+from default import Config, ModelConfig, UsageError, flag_of, from_dict, make_config, to_dict
+from models.extractor import FrozenExtractor
+from models.official import is_official, load_official, load_strictly
+from models.vqflow import VQFlow, pool_features
+from utils.checkpoint import FORMAT
+from utils.device import autocast, check_compiler, has_bfloat16, resolve_device
+from utils.runs import check_writable
+from utils.seed import seed_everything
+
+Source = LiveFeatures | CachedFeatures
+
+
+class Stage:
+    """The device and the frozen extractor of a configuration, and features of images by them.
+
+    Raises:
+        UsageError: the device or the extractor's weights are not there, or the work folder cannot be written.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.device = config, resolve_device(config.run.device)
+        if config.train.amp_enable and not has_bfloat16(self.device):
+            print(f"--amp-enable: this {self.device.type} has no units for bfloat16; computing in float32")
+        if config.train.compile:
+            check_compiler(self.device)
+        self.cache = check_writable(config.run.work_dir) / "cache"
+        seed_everything(config.run.seed)  # for an extractor with random weights
+        model = config.model
+        self.extractor = FrozenExtractor(
+            model.extractor, input_size=config.data.input_size, weights=model.weights, pretrained=model.pretrained
+        ).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.fingerprint = self.extractor.fingerprint()
+        self.workers = resolve_workers(config.data.workers, self.device.type)
+
+    def build_model(self) -> VQFlow:
+        """A new model, its random choices drawn from the seed."""
+        seed_everything(self.config.run.seed)
+        model = VQFlow(
+            self.config.model, self.extractor.channels, self.extractor.strides,
+            recompute=self.config.train.checkpoint_activations,
+        )  # fmt: skip
+        return self.placed(model)
+
+    def placed(self, model: VQFlow) -> VQFlow:
+        """On the device, channels-last, compiled if wanted."""
+        if self.config.train.compile:
+            model.compile_flows()
+        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def extract(self, image: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W) -> pooled feature levels in float32.
+
+        Rounded to half precision unless --cache none: a cache holds no more, and what is computed must equal what is
+        kept, to the bit, wherever a model is trained or evaluated.
+        """
+        with torch.no_grad(), autocast(self.device, self.config.train.amp_enable):
+            levels = self.extractor(image.contiguous(memory_format=torch.channels_last))
+        pooled = pool_features(levels, self.extractor.strides, self.config.model.pool_type)
+        return [h.float() if self.config.data.cache == "none" else to_half(h).float() for h in pooled]
+
+    def training_features(self, dataset: ImageFolder) -> Source:
+        """Shuffled batches, the last partial one dropped."""
+        loader = train_loader(
+            dataset, batch_size=self.config.train.batch_size, workers=self.workers, seed=self.config.run.seed,
+            pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        return self._source(loader, dataset)
+
+    def test_features(self, dataset: ImageFolder) -> Source:
+        """All images in order."""
+        return self._source(self._ordered(dataset), dataset)
+
+    def _ordered(self, dataset: ImageFolder) -> DataLoader:
+        return test_loader(
+            dataset,
+            batch_size=self.config.train.batch_size,
+            workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _source(self, loader: DataLoader, dataset: ImageFolder) -> Source:
+        """From a cache as --cache says, else computed batch by batch."""
+        data, ordered = self.config.data, self._ordered(dataset)
+        key = cache_key(
+            dataset, extractor=self.fingerprint, pool=self.config.model.pool_type, size=dataset.input_size,
+            masks=dataset.mask_size, amp=self.config.train.amp_enable and has_bfloat16(self.device),
+        )  # fmt: skip
+        folder = self.cache / key
+        place = "disk" if data.cache == "auto" else data.cache
+        if data.cache == "auto" and not data.pre_extract and not folder.is_dir():
+            once = self.config.run.mode == "test"  # a cache would not be read a second time
+            size = None if once else FeatureSize.of(dataset, self.extract, self.device)
+            problem = size and check_space(size, place, self.cache, self.device)
+            if problem:
+                print(f"--cache auto: {problem}: they are computed anew in each epoch")
+            place = "none" if once or problem else place
+        if place == "none":
+            return LiveFeatures(loader, self.extract, self.device)
+        store = make_store(
+            place, folder, ordered, self.extract, device=self.device,
+            progress=lambda batches, text: tqdm(batches, desc=text, leave=False),
+        )  # fmt: skip
+        return CachedFeatures(loader, store, self.device)
+
+
+def find_checkpoints(path: Path, class_names: Sequence[str]) -> list[Path]:
+    """A file itself; in a run folder its last.pt, or those of the single classes that are asked for.
+
+    Raises:
+        UsageError: a folder without checkpoints, or without one of a class.
+    """
+    if not path.is_dir():
+        return [path]
+    if (path / "last.pt").is_file():
+        return [path / "last.pt"]
+    found = {p.parent.name: p for p in sorted(path.glob("*/last.pt"))}
+    if not found:
+        raise UsageError(f"--eval_ckpt: expected a checkpoint or a run folder with a last.pt, but got {path}")
+    for name in class_names:
+        if name not in ("all", *found):
+            raise UsageError(f"--class-names: {path} has no model of {name!r}; choose from all, {', '.join(found)}")
+    return [p for name, p in found.items() if "all" in class_names or name in class_names]
+
+
+def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, Any], name: str) -> Config:
+    """The settings under which a checkpoint is evaluated.
+
+    Raises:
+        UsageError: not a checkpoint, or the user asked for another model than the one that it holds.
+    """
+    if is_official(content):
+        return replace(
+            config, model=replace(config.model, objective="released", codebooks="released", standardize=False)
+        )
+    if content.get("format") != FORMAT or not {"config", "model", "classes", "extractor"} <= content.keys():
+        raise UsageError(f"--eval_ckpt: {name} is not a checkpoint of this program or of the released code")
+    try:
+        saved = from_dict(content["config"])
+    except (UsageError, AttributeError, TypeError) as error:
+        raise UsageError(f"--eval_ckpt: {name} holds settings that this version does not know") from error
+    for entry in fields(ModelConfig):
+        if entry.name in ("weights", "pretrained") or entry.name not in chosen:
+            continue
+        asked, has = getattr(config.model, entry.name), getattr(saved.model, entry.name)
+        if asked != has:
+            raise UsageError(
+                f"--eval_ckpt: {name} was made with {flag_of(entry.name)} = {has!r}, not with {asked!r} as asked for"
+            )
+    values = {k: v for part in to_dict(saved).values() for k, v in part.items()}
+    own = tuple(content["classes"])
+    here: dict[str, Any] = {
+        "device": config.run.device,
+        "work_dir": config.run.work_dir,
+        "workers": config.data.workers,
+    }
+    here |= {"class_names": own, "resume": False, "pre_extract": False}
+    here |= {"cache": "none" if saved.data.cache == "none" else "auto"}
+    values |= here | chosen
+    if not saved.data.multi_class:
+        if not {"all", *own} & set(values["class_names"]):
+            raise UsageError(f"--class-names: {name} is a model of {own[0]!r} alone")
+        values |= {"class_names": own}
+    return make_config(**values)
+
+
+def load_model(content: dict[str, Any], stage: Stage, name: str) -> VQFlow:
+    """The model of a checkpoint, in eval mode.
+
+    Raises:
+        UsageError: other sizes than asked for, or other weights of the extractor than in training.
+    """
+    if is_official(content):
+        model = load_official(content, stage.config.model, stage.extractor.channels, name=name)
+        return stage.placed(model)
+    if content["extractor"] != stage.fingerprint:
+        raise UsageError(
+            f"--weights: {name} was trained on other weights of {stage.config.model.extractor} than the ones here"
+        )
+    model = stage.build_model()
+    load_strictly(model, content["model"], name)
+    return model.eval()
