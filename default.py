@@ -252,7 +252,7 @@ class EvalConfig(Part):
 class RunConfig(Part):
     """Where and on what the program runs."""
 
-    mode: str = option("train", "what to do", choices=("train", "test", "table"))
+    mode: str = option("train", "what to do", choices=("train", "test", "table", "export"))
     runs: tuple[str, ...] = option((), "run folders that --mode table gathers into one table")
     work_dir: str = option("work_dirs", "folder for run folders")
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
@@ -287,8 +287,8 @@ class Config:
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
-        if self.run.mode == "test" and not self.eval.eval_ckpt:
-            raise UsageError("--eval_ckpt: expected a checkpoint file in --mode test, but got none")
+        if self.run.mode in ("test", "export") and not self.eval.eval_ckpt:
+            raise UsageError(f"--eval_ckpt: expected a checkpoint file in --mode {self.run.mode}, but got none")
         if self.data.pre_extract and self.data.cache == "none":
             raise UsageError("--pre-extract: contradicts --cache none; leave one of them out")
         if self.train.noise and not self.model.standardize:

@@ -25,7 +25,10 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "codebooks": _CODEBOOKS,
     "reassign_quantize": _CODEBOOKS,
     "weights": (lambda c: c.model.pretrained, "contradicts --no-pretrained; leave one of them out"),
-    "eval_ckpt": (lambda c: c.run.mode == "test", "does nothing in --mode train; to go on with a run, use --resume"),
+    "eval_ckpt": (
+        lambda c: c.run.mode in ("test", "export"),
+        "does nothing in --mode train; to go on with a run, use --resume",
+    ),
     "resume": _TRAINING,
     "tensorboard": _TRAINING,
     "wandb_enable": _TRAINING,
@@ -139,6 +142,10 @@ def run(argv: Sequence[str]) -> None:
         from utils.gather import gather_runs
 
         print(gather_runs(config))
+    elif config.run.mode == "export":
+        from export import run_export
+
+        run_export(config, chosen)
     else:
         from test import run_test
 

@@ -121,15 +121,15 @@ class Condition:
         """The condition as one map (B, C, H, W)."""
         starts = [sum(self.widths[:i]) for i in range(len(self.widths))]
         parts = []
+        if self.position is not None:
+            parts.append((self.position[None], starts[self.position_piece]))
         if self.codes is not None:
             code, x = F.embedding(self.codes.indices, self.codes.codes).permute(0, 3, 1, 2), self.codes.through
             parts.append((torch.cat([x + (code[:, : x.shape[1]] - x).detach(), code[:, x.shape[1] :]], 1), 0))
         if self.map is not None:
             parts.append((self.map, 0))
-        if self.position is not None:
-            parts.append((self.position[None], starts[self.position_piece]))
         parts += [(part.vector[..., None, None], starts[part.piece]) for part in self.vectors]
-        batch, channels = max(len(x) for x, _ in parts), sum(self.widths)
+        batch, channels = parts[-1][0].shape[0], sum(self.widths)  # the encoding alone, put first, has a batch of one
         grown = [
             F.pad(x.expand(batch, -1, *self.size), (0, 0, 0, 0, at, channels - at - x.shape[1])) for x, at in parts
         ]

@@ -1,4 +1,4 @@
-"""Imports go one way: default <- utils <- datasets, models <- stage <- test <- train <- main."""
+"""Imports go one way: default <- utils <- datasets, models <- stage <- test, export <- train <- main."""
 
 import ast
 from pathlib import Path
@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "stage": {"default", "utils", "datasets", "models"},
     "test": {"default", "utils", "datasets", "models", "stage"},
     "train": {"default", "utils", "datasets", "models", "stage", "test"},
-    "main": {"default", "utils", "datasets", "models", "stage", "test", "train"},
+    "export": {"default", "utils", "datasets", "models", "stage"},
+    "main": {"default", "utils", "datasets", "models", "stage", "test", "train", "export"},
 }
 FILES = sorted(
     p
