@@ -25,7 +25,7 @@ VISA_CLASSES = (
 )  # fmt: skip
 DATASETS = ("mvtec", "visa", "folder", "sample")
 PUBLISHED = ("mvtec", "visa")  # data sets that others have published figures of
-SCORES = ("mul", "add", "likelihood")
+SCORES = ("mul", "add", "likelihood", "surprise")
 
 
 class UsageError(ValueError):
@@ -86,6 +86,13 @@ class DataConfig(Part):
     multi_class: bool = option(False, "one model for all classes instead of one model per class")
     input_size: int = option(384, "side in pixels to which images are resized", low=32, high=4096)
     limit: int | None = option(None, "use at most this many images per class and kind, for a quick look", low=1)
+    holdout: float = option(
+        0.0,
+        "share of the training images of each class that is not trained on, but says what scores unseen normal images "
+        "have (--*-score surprise, the report's threshold)",
+        low=0.0,
+        high=0.5,
+    )
     workers: int | None = option(
         None, "processes that read images (default: 0 on a CPU, up to 8 with a GPU)", low=0, high=256
     )
@@ -130,6 +137,12 @@ class ModelConfig(Part):
     )
     parallel_blocks: tuple[int, ...] = option(
         (2, 5, 8), "flow blocks per level: one value, or one per level", low=1, high=64
+    )
+    memory: int = option(
+        0,
+        "normal feature vectors that are kept as a second opinion for --*-score surprise; 0: none",
+        low=0,
+        high=1 << 24,
     )
     clamp: float = option(1.9, "bound on the log-scale of the couplings", low=0.01, high=20.0)
     codebooks: str = option(

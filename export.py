@@ -30,7 +30,7 @@ class Detector(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         output = self.model.forward_features(self.extractor(image))
-        maps = score_maps(output.latents, self.size, output.local_log_det)
+        maps = score_maps(output.latents, self.size, output.local_log_det, output.surprise)
         scores = image_scores(getattr(maps, self.config.image_score), self.config.top_k)
         return getattr(maps, self.config.pixel_score), scores
 

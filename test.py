@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import build_datasets, resolve_classes
+from datasets import build_datasets, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from datasets.transforms import denormalize
@@ -52,7 +52,7 @@ def forward(model: VQFlow, features: Sequence[Tensor], *, amp: bool = False) -> 
 def predict(model: VQFlow, features: Sequence[Tensor], size: int, *, amp: bool = False) -> ScoreMaps:
     """Maps (B, size, size) of pooled feature levels."""
     output = forward(model, features, amp=amp)
-    return score_maps(output.latents, size, output.local_log_det)
+    return score_maps(output.latents, size, output.local_log_det, output.surprise)
 
 
 def evaluate(
@@ -76,7 +76,7 @@ def evaluate(
     images: list[ImageResult] = []
     for batch in batches:
         output = forward(model, batch.features, amp=amp)
-        maps = score_maps(output.latents, size, output.local_log_det)
+        maps = score_maps(output.latents, size, output.local_log_det, output.surprise)
         scores = image_scores(getattr(maps, config.image_score), config.top_k)
         for index, own in by_class(batch.class_index):
             accumulators[class_names[index]].update(
@@ -126,7 +126,7 @@ def report_pages(
     """What the report says of the classes of `result`; nothing with --no-report.
 
     Args:
-        datasets: training images, which calibrate, and the test images that were evaluated.
+        datasets: normal images, which calibrate, and the test images that were evaluated.
         share: classes in the whole report.
     """
     if not stage.config.eval.report:
@@ -213,15 +213,16 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         content = read_checkpoint(path)
         own = settled_config(content, config, chosen, str(path))
         class_names = resolve_classes(own.data)
-        datasets = build_datasets(own.data, class_names, own.score_size)
+        train, test = build_datasets(own.data, class_names, own.score_size)
         stage = Stage(own)
         model = load_model(content, stage, str(path))
-        source = stage.test_features(datasets[1])
+        source = stage.test_features(test)
         batches = tqdm(source.epoch(0), total=len(source), desc="evaluation", leave=False)
         parts.append(evaluate(model, batches, class_names, own.eval, size=own.score_size, amp=own.train.amp_enable))
         folder = folder or new_run(own)
-        save_pictures(stage, model, datasets[1], class_names, folder / "pictures")
-        pages |= report_pages(stage, model, datasets, parts[-1], len(class_names) * len(paths))
+        normal = split_holdout(train, own.data.holdout)[1]
+        save_pictures(stage, model, test, class_names, folder / "pictures")
+        pages |= report_pages(stage, model, (normal, test), parts[-1], len(class_names) * len(paths))
     assert folder is not None
     own = replace(own, data=replace(own.data, class_names=tuple(n for part in parts for n in part.classes)))
     write_config(folder, own)

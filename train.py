@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import build_datasets, resolve_classes
+from datasets import build_datasets, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from default import Config, TrainConfig, UsageError, to_dict
@@ -116,7 +116,7 @@ def bits_per_dim(nll: float, dims: int) -> float:
 
 @torch.no_grad()
 def initialize(model: VQFlow, features: Features) -> None:
-    """Look at the training images once: channel statistics if wanted, and the start of our codebooks."""
+    """Look at the training images: channel statistics and memory if wanted, and the start of our codebooks."""
     if model.config.standardize:
         model.fit_statistics(batch.features for batch in features(0))
     if model.config.codebooks == "seeded" and model.config.quantize_enable:
@@ -128,6 +128,9 @@ def initialize(model: VQFlow, features: Features) -> None:
                 break
         model.train()
         model.hierarchy.seed(batches)
+    if model.memory is not None:
+        count = sum(len(batch.path) for batch in features(0))
+        model.memory.fit((model.standardize(batch.features) for batch in features(0)), count)
 
 
 class Trainer:
@@ -137,6 +140,7 @@ class Trainer:
         config: the resolved configuration.
         model: on its device.
         features: batches of training features for a sub epoch's number.
+        normal: batches of features of the images that calibrate the scores.
         steps: batches in a sub epoch.
         evaluate: evaluates the model on the test images.
         folder: receives checkpoints and metrics.jsonl.
@@ -150,6 +154,7 @@ class Trainer:
         model: VQFlow,
         *,
         features: Features,
+        normal: Callable[[], Iterable[FeatureBatch]],
         steps: int,
         evaluate: Callable[[VQFlow], EvalResult],
         folder: Path,
@@ -157,6 +162,7 @@ class Trainer:
         report: Callable[[int, EpochStats, EvalResult | None], None],
     ) -> None:
         self.config, self.model, self.features, self.steps = config, model, features, steps
+        self.normal = normal
         self.evaluate, self.folder, self.identity, self.report = evaluate, folder, identity, report
         train = config.train
         self.optimizer = torch.optim.AdamW(
@@ -199,6 +205,8 @@ class Trainer:
             for book in books.values():
                 book.reassign()
         wanted = last or (epoch + 1) % self.config.eval.eval_interval == 0
+        if wanted:
+            self.model.calibrate(batch.features for batch in self.normal())
         result = self.evaluate(self.model) if wanted else None
         improved = self._note_best(result, epoch + 1) if result else False
         mean = asdict(result.mean) if result else None
@@ -242,38 +250,47 @@ def run_training(config: Config) -> Path:
     prepared = [build_datasets(config.data, group, config.score_size) for group in groups]
     check_loggers(config.train)
     stage = Stage(config)
-    sources = [stage.training_features(train) for train, _ in prepared]  # a batch larger than the data ends here
+    splits = [split_holdout(train, config.data.holdout) for train, _ in prepared]
+    sources = [stage.training_features(kept) for kept, _ in splits]  # a batch larger than the data ends here
     folder = resumed_run(config) if config.train.resume else None
     if folder is not None:
         for group in groups:  # all checkpoints are looked at before anything is written
             saved_state(stage, group, own_folder(folder, config, group))
     folder = folder or new_run(config)
     write_config(folder, config)
-    print(f"{len(class_names)} classes, {sum(len(t) for t, _ in prepared)} training images; run folder: {folder}")
+    print(f"{len(class_names)} classes, {sum(len(kept) for kept, _ in splits)} training images; run folder: {folder}")
     parts: list[EvalResult] = []
     pages: dict[str, ClassPage] = {}
     best: dict[str, dict[str, float]] | None = None
-    for group, datasets, source in zip(groups, prepared, sources, strict=True):
+    for group, (_, test_set), (_, normal), source in zip(groups, prepared, splits, sources, strict=True):
         own = own_folder(folder, config, group)
         own.mkdir(exist_ok=True)
         if not config.data.multi_class:
             print(f"class {group[0]}")
         model = stage.build_model()
-        fitted = fit_group(stage, model, group, source, datasets[1], own)
+        fitted = fit_group(stage, model, group, source, (normal, test_set), own)
         parts.append(fitted.last)
         best = fitted.best_on_test if config.data.multi_class else None
-        save_pictures(stage, model, datasets[1], group, folder / "pictures")
-        pages |= report_pages(stage, model, datasets, fitted.last, len(class_names))
+        save_pictures(stage, model, test_set, group, folder / "pictures")
+        pages |= report_pages(stage, model, (normal, test_set), fitted.last, len(class_names))
     finish(folder, config, parts, best, pages)
     return folder
 
 
 def fit_group(
-    stage: Stage, model: VQFlow, group: tuple[str, ...], source: Source, test_set: ImageFolder, folder: Path
+    stage: Stage,
+    model: VQFlow,
+    group: tuple[str, ...],
+    source: Source,
+    others: tuple[ImageFolder, ImageFolder],
+    folder: Path,
 ) -> FitResult:
-    """Train one model on the classes of `group`, from its checkpoint on if the run is resumed."""
+    """Train one model on the classes of `group`, from its checkpoint on if the run is resumed.
+
+    `others` are the normal images that calibrate, and the test images.
+    """
     config = stage.config
-    test_source = stage.test_features(test_set)
+    normal_source, test_source = (stage.test_features(dataset) for dataset in others)
     total = config.train.meta_epochs * config.train.sub_epochs
 
     def training(sub: int) -> Iterable[FeatureBatch]:
@@ -284,7 +301,8 @@ def fit_group(
         return evaluate(model, batches, group, config.eval, size=config.score_size, amp=config.train.amp_enable)
 
     trainer = Trainer(
-        config, model, features=training, steps=len(source), evaluate=evaluation, folder=folder,
+        config, model, features=training, normal=lambda: normal_source.epoch(0), steps=len(source),
+        evaluate=evaluation, folder=folder,
         identity=identity(stage, group),
         report=lambda epoch, stats, result: print(progress_line(config, epoch, stats, result)),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from datasets import folder, mvtec, sample, visa
 from datasets.folder import DatasetSpec, ImageFolder, Item
 from default import DataConfig, UsageError
 
+CALIBRATION = 16  # training images per class that calibrate where none are held out
 SPECS: dict[str, DatasetSpec] = {
     "mvtec": mvtec.SPEC, "visa": visa.SPEC, "folder": folder.SPEC, "sample": sample.SPEC,
 }  # fmt: skip
@@ -65,6 +66,23 @@ def build_datasets(
         train += limited(found[0], data.limit)
         test += limited(found[1], data.limit)
     return ImageFolder(train, data.input_size), ImageFolder(test, data.input_size, mask_size)
+
+
+def split_holdout(train: ImageFolder, share: float) -> tuple[ImageFolder, ImageFolder]:
+    """Training images, and a `share` of each class (one at least) at equal distances that is kept out of training.
+
+    Without a share: all images, and for calibration some of them, at most `CALIBRATION` of each class.
+    """
+    chosen: set[int] = set()
+    for index in sorted({item.class_index for item in train.items}):
+        numbers = [n for n, item in enumerate(train.items) if item.class_index == index]
+        count = max(round(share * len(numbers)), 1) if share else min(CALIBRATION, len(numbers))
+        chosen |= {numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)}
+    held = [item for n, item in enumerate(train.items) if n in chosen]
+    kept = [item for n, item in enumerate(train.items) if n not in chosen] if share else list(train.items)
+    if not kept:
+        raise UsageError(f"--holdout: {share} of the training images leaves none to train on")
+    return ImageFolder(kept, train.input_size), ImageFolder(held, train.input_size)
 
 
 def limited(items: list[Item], limit: int | None) -> list[Item]:

@@ -126,6 +126,7 @@ def converted(checkpoint: Mapping[str, Any], channels: Sequence[int]) -> dict[st
     for key, value in _flat(checkpoint.get("sigma_mu_generators")).items():
         level, kind, name = key.split(".")
         state[f"prior.{swapped[kind]}.{level}.{name}"] = value
+    state |= {"surprise_mean": torch.zeros(3), "surprise_std": torch.ones(3)}
     for number, c in enumerate(channels):
         state |= {f"mean_{number}": torch.zeros(c), f"std_{number}": torch.ones(c)}
     return state

@@ -13,7 +13,10 @@ from default import ModelConfig
 from models.flow import LevelFlow
 from models.fusion import FusionFlow
 from models.hierarchy import LEVELS, Hierarchy
+from models.memory import Memory
 from models.prior import MixedGaussian
+
+MEMORY_WEIGHT = 2.0  # of the memory beside the three levels of the flow (EXPERIMENTS.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,8 @@ class VQFlowOutput:
         latents: three maps (B, c_l, H_l, W_l), N(0, I) for normal images.
         log_det: (B,) log-determinant of the whole transformation.
         local_log_det: three maps (B, H_l, W_l): each level's share of `log_det`, by place.
+        surprise: maps (B, h, w), one per level and one of the memory if there is one, in units of what calibration
+            images have; none while training.
         commitment: scalar, sum over the codebooks.
         concept: (B,) index of the concept, or None without codebooks.
         patterns: four index maps (B, H_l, W_l), or none.
@@ -32,6 +37,7 @@ class VQFlowOutput:
     latents: tuple[Tensor, ...]
     log_det: Tensor
     local_log_det: tuple[Tensor, ...]
+    surprise: tuple[Tensor, ...]
     commitment: Tensor
     concept: Tensor | None
     patterns: tuple[Tensor, ...]
@@ -85,6 +91,12 @@ class VQFlow(nn.Module):
             else None
         )
         self.fusion = FusionFlow(channels=channels[:LEVELS], condition=sizes[-1], clamp=config.clamp)
+        self.memory = Memory(size=config.memory, channels=channels) if config.memory else None
+        opinions = LEVELS + (self.memory is not None)
+        self.surprise_mean: Tensor
+        self.surprise_std: Tensor
+        self.register_buffer("surprise_mean", torch.zeros(opinions))
+        self.register_buffer("surprise_std", torch.ones(opinions))
         for level, c in enumerate(channels):
             self.register_buffer(f"mean_{level}", torch.zeros(c))
             self.register_buffer(f"std_{level}", torch.ones(c))
@@ -128,8 +140,42 @@ class VQFlow(nn.Module):
         local = [a + b for a, b in zip(local, changes, strict=True)]
         return VQFlowOutput(
             latents=fused, log_det=sum(a.sum((1, 2)) for a in local), local_log_det=tuple(local),  # type: ignore[arg-type]
+            surprise=() if self.training else self._surprise(fused, features),
             commitment=conditions.commitment, concept=conditions.concept_index, patterns=conditions.patterns,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _opinions(self, latents: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
+        """1/2 mean over channels of z_l^2 for each level, and the distance to the memory: maps (B, h, w)."""
+        found = [0.5 * z.float().square().mean(1) for z in latents]
+        return found if self.memory is None else [*found, self.memory(features)]
+
+    def _surprise(self, latents: Sequence[Tensor], features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The opinions in deviations from the mean of the calibration images; the memory counts `MEMORY_WEIGHT`."""
+        weights = [1.0] * LEVELS + [MEMORY_WEIGHT]
+        rows = zip(self._opinions(latents, features), self.surprise_mean, self.surprise_std, weights, strict=False)
+        return tuple((found - mean) / std * weight for found, mean, std, weight in rows)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Learn from `batches` of pooled levels of normal images, unseen ones at best, what opinions are usual."""
+        was_training = self.training
+        self.eval()
+        self.surprise_mean.zero_()
+        self.surprise_std.fill_(1.0)
+        scale = torch.tensor([1.0] * LEVELS + [MEMORY_WEIGHT], device=self.surprise_mean.device)
+        sums, squares, counts = (torch.zeros(len(self.surprise_mean), dtype=torch.float64) for _ in range(3))
+        for pooled in batches:
+            for i, found in enumerate(self.forward_pooled(pooled).surprise):
+                values = (found / scale[i]).double().cpu()
+                sums[i] += values.sum()
+                squares[i] += values.square().sum()
+                counts[i] += values.numel()
+        mean = sums / counts
+        std = (squares / counts - mean.square()).clamp(min=0).sqrt()
+        self.surprise_mean.copy_(mean)
+        self.surprise_std.copy_(std.clamp(min=1e-6))
+        self.train(was_training)
 
     @torch.no_grad()
     def fit_statistics(self, batches: Iterable[Sequence[Tensor]]) -> None:

@@ -305,7 +305,7 @@ def official_style(model: VQFlow) -> dict[str, Any]:
     for key, value in model.state_dict().items():
         rule = next(((a, b) for a, b in rules if re.fullmatch(a, key)), None)
         if rule is None:
-            assert re.fullmatch(r"(mean|std)_\d", key), key
+            assert re.fullmatch(r"(mean|std)_\d|surprise_(mean|std)", key), key
             continue
         part, name = re.sub(*rule, key).split()
         turned = name.split(".")[-1] in ("embed", "embed_avg")

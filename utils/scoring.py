@@ -13,15 +13,17 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreMaps:
-    """Three maps (B, H, W), larger where an image is less normal.
+    """Four maps (B, H, W), larger where an image is less normal.
 
     `mul` (product of the levels) and `add` (their sum) are the published ones, relative to each image's own best
-    place; `likelihood` is absolute: images can be compared by it.
+    place; `likelihood` is absolute: images can be compared by it. `surprise` is absolute too, and made of opinions in
+    units of what unseen normal images have.
     """
 
     mul: Tensor
     add: Tensor
     likelihood: Tensor
+    surprise: Tensor
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -36,23 +38,28 @@ def summed(maps: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def score_maps(
-    latents: Sequence[Tensor], size: int | tuple[int, int], local_log_det: Sequence[Tensor] | None = None
+    latents: Sequence[Tensor],
+    size: int | tuple[int, int],
+    local_log_det: Sequence[Tensor] | None = None,
+    surprise: Sequence[Tensor] = (),
 ) -> ScoreMaps:
-    """The three maps of each image.
+    """The four maps of each image.
 
     Per level a_l = -1/2 mean over channels of z_l^2. mul: L = sum of the resized a_l minus the image's maximum;
     max(exp L) - exp L. add: exp(a_l - its maximum), resized, summed; maximum minus the sum. likelihood: minus the sum
     of the resized a_l, with `local_log_det` (B, H_l, W_l) also minus the log-determinant per channel: the negative
-    log-density of the features at a place, up to a constant.
+    log-density of the features at a place, up to a constant. surprise: the sum of the resized opinions, where none are
+    given minus the sum of the resized a_l.
 
     Args:
         latents: maps (B, c_l, H_l, W_l).
         size: side or (height, width) of the result.
-        local_log_det: `VQFlowOutput.local_log_det`.
+        local_log_det, surprise: `VQFlowOutput`'s fields of these names.
     """
     size = (size, size) if isinstance(size, int) else size
     levels = [-0.5 * z.float().square().mean(1) for z in latents]
     density = summed([resize_maps(a, size) for a in levels])
+    opinions = summed([resize_maps(s.float(), size) for s in surprise]) if surprise else -density
     product = (density - density.amax((1, 2), keepdim=True)).exp()
     total = summed([resize_maps((a - a.amax((1, 2), keepdim=True)).exp(), size) for a in levels])
     if local_log_det is not None:
@@ -62,6 +69,7 @@ def score_maps(
         mul=product.amax((1, 2), keepdim=True) - product,
         add=total.amax((1, 2), keepdim=True) - total,
         likelihood=-density,
+        surprise=opinions,
     )
 
 
