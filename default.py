@@ -140,9 +140,9 @@ class ModelConfig(Part):
     )
     memory: int = option(
         0,
-        "normal feature vectors that are kept as a second opinion for --*-score surprise; 0: none",
+        "training images whose features are kept as a second opinion for --*-score surprise; 0: none",
         low=0,
-        high=1 << 24,
+        high=1 << 20,
     )
     clamp: float = option(1.9, "bound on the log-scale of the couplings", low=0.01, high=20.0)
     codebooks: str = option(
@@ -183,6 +183,11 @@ class ModelConfig(Part):
     @property
     def condition_sizes(self) -> tuple[int, ...] | None:
         return self.c_conds * 3 if self.c_conds is not None and len(self.c_conds) == 1 else self.c_conds
+
+    @property
+    def kept_pool(self) -> str:
+        """Pooling of the features that are cached and given to the model: none where a memory wants all places."""
+        return "none" if self.memory else self.pool_type
 
     @property
     def positions(self) -> int:
@@ -334,13 +339,15 @@ _PAPER = _METHOD | {"extractor": "convnextv2_base", "standardize": False}
 _SMALL = _METHOD | {
     "extractor": "tf_efficientnet_lite0", "input_size": 256, "dim_cpc": 64, "k_cpc": 16, "k_cspc": 128,
     "c_pos_conds": (16,), "lr": 3e-4, "schedule": "cosine", "warmup": 0.1, "noise": 0.3, "weight_decay": 0.01,
-    "meta_epochs": 3,
+    "meta_epochs": 3, "memory": 1000, "holdout": 0.05, "top_k": 0.001,
+    "image_score": "surprise", "pixel_score": "surprise", "pro_score": "surprise",
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-mvtec": _PAPER | {"dataset": "mvtec"},
     "paper-visa": _PAPER | {"dataset": "visa"},
     "released": _PAPER | {"objective": "released", "codebooks": "released", "schedule": "released"},
-    "cpu": _SMALL,
+    "cpu": _SMALL | {"eval_interval": 3},
+    "accurate": _SMALL | {"eval_interval": 3, "pool_type": "none"},
     "sample": _SMALL | {"dataset": "sample"},
 }
 

@@ -73,7 +73,7 @@ class Stage:
         """
         with torch.no_grad(), autocast(self.device, self.config.train.amp_enable):
             levels = self.extractor(image.contiguous(memory_format=torch.channels_last))
-        pooled = pool_features(levels, self.extractor.strides, self.config.model.pool_type)
+        pooled = pool_features(levels, self.extractor.strides, self.config.model.kept_pool)
         return [h.float() if self.config.data.cache == "none" else to_half(h).float() for h in pooled]
 
     def training_features(self, dataset: ImageFolder) -> Source:
@@ -100,7 +100,7 @@ class Stage:
         """From a cache as --cache says, else computed batch by batch."""
         data, ordered = self.config.data, self._ordered(dataset)
         key = cache_key(
-            dataset, extractor=self.fingerprint, pool=self.config.model.pool_type, size=dataset.input_size,
+            dataset, extractor=self.fingerprint, pool=self.config.model.kept_pool, size=dataset.input_size,
             masks=dataset.mask_size, amp=self.config.train.amp_enable and has_bfloat16(self.device),
         )  # fmt: skip
         folder = self.cache / key

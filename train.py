@@ -18,6 +18,7 @@ from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from default import Config, TrainConfig, UsageError, to_dict
 from models.loss import loss_terms
+from models.official import load_strictly
 from models.vqflow import VQFlow
 from stage import Source, Stage
 from test import EvalResult, evaluate, finish, report_pages, save_pictures
@@ -115,22 +116,22 @@ def bits_per_dim(nll: float, dims: int) -> float:
 
 
 @torch.no_grad()
-def initialize(model: VQFlow, features: Features) -> None:
-    """Look at the training images: channel statistics and memory if wanted, and the start of our codebooks."""
+def initialize(model: VQFlow, features: Features, images: int) -> None:
+    """Look at the `images` training images: channel statistics, the start of our codebooks, the memory."""
     if model.config.standardize:
         model.fit_statistics(batch.features for batch in features(0))
     if model.config.codebooks == "seeded" and model.config.quantize_enable:
-        batches, images = [], 0
+        batches, seen = [], 0
         for batch in features(0):
-            batches.append([h.float() for h in model.standardize(batch.features)])
-            images += len(batch.path)
-            if images >= SEED_IMAGES:
+            batches.append(model.standardize(model.for_flows(batch.features)))
+            seen += len(batch.path)
+            if seen >= SEED_IMAGES:
                 break
         model.train()
         model.hierarchy.seed(batches)
     if model.memory is not None:
-        count = sum(len(batch.path) for batch in features(0))
-        model.memory.fit((model.standardize(batch.features) for batch in features(0)), count)
+        everything = (model.standardize(batch.features) for batch in features(0))
+        model.memory.fit(everything, images=images, size=model.config.memory)
 
 
 class Trainer:
@@ -178,7 +179,7 @@ class Trainer:
         train = self.config.train
         done = self._restore(saved) if saved else 0
         if not saved:
-            initialize(self.model, self.features)
+            initialize(self.model, self.features, self.steps * train.batch_size)
         log = RunLog(
             self.folder, kept=done, config=to_dict(self.config), tensorboard=train.tensorboard, wandb=train.wandb_enable
         )
@@ -236,7 +237,7 @@ class Trainer:
 
     def _restore(self, saved: dict[str, Any]) -> int:
         """Everything that the next step depends on; the number of finished meta epochs."""
-        self.model.load_state_dict(saved["model"])
+        load_strictly(self.model, saved["model"], "--resume")
         self.optimizer.load_state_dict(saved["optimizer"])
         restore_random_state(saved["random"])
         self.best = saved["best_on_test"]

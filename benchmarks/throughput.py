@@ -266,12 +266,16 @@ def compare(bench: Bench, kind: str, forms: list[Form], rounds: int, rates: dict
         for form in forms:
             if number == 0:  # warms up; compiled code is counted uncompiled
                 bench.use(replace(form, compiled=False))
+                if kind == "inference":
+                    work()
                 flops[form.name] = bench.counted(work)
                 if form.compiled:
                     bench.use(form)
                     work()
             else:
                 bench.use(form)
+                if kind == "inference":
+                    work()  # makes the tables that a model keeps from batch to batch
                 seconds[form.name].append(bench.timed(work))
     rows = []
     print(f"\n{kind}, batch {len(bench.images)}: medians of {rounds} interleaved rounds")

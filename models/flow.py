@@ -75,7 +75,8 @@ class Subnet(nn.Module):
         self.cache, self.activate = TableCache(), activate
 
     def train(self, mode: bool = True) -> Subnet:
-        self.cache.clear()
+        if mode != self.training:
+            self.cache.clear()
         return super().train(mode)
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:

@@ -96,6 +96,8 @@ def load_strictly(model: VQFlow, state: Mapping[str, Tensor], name: str) -> None
     Raises:
         UsageError: naming the first tensor that is missing, left over or of another shape.
     """
+    if model.memory is not None:
+        model.memory.make_room({k.removeprefix("memory."): v for k, v in state.items()})
     own = model.state_dict()
     for key in [*own, *state]:
         if key not in state or key not in own:

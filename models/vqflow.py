@@ -13,10 +13,8 @@ from default import ModelConfig
 from models.flow import LevelFlow
 from models.fusion import FusionFlow
 from models.hierarchy import LEVELS, Hierarchy
-from models.memory import Memory
+from models.memory import VIEWS, Memory
 from models.prior import MixedGaussian
-
-MEMORY_WEIGHT = 2.0  # of the memory beside the three levels of the flow (EXPERIMENTS.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +25,8 @@ class VQFlowOutput:
         latents: three maps (B, c_l, H_l, W_l), N(0, I) for normal images.
         log_det: (B,) log-determinant of the whole transformation.
         local_log_det: three maps (B, H_l, W_l): each level's share of `log_det`, by place.
-        surprise: maps (B, h, w), one per level and one of the memory if there is one, in units of what calibration
-            images have; none while training.
+        surprise: maps (B, h, w), one per level and one per view of the memory if there is one, in deviations from
+            what calibration images have, times its weight; none while training.
         commitment: scalar, sum over the codebooks.
         concept: (B,) index of the concept, or None without codebooks.
         patterns: four index maps (B, H_l, W_l), or none.
@@ -91,8 +89,9 @@ class VQFlow(nn.Module):
             else None
         )
         self.fusion = FusionFlow(channels=channels[:LEVELS], condition=sizes[-1], clamp=config.clamp)
-        self.memory = Memory(size=config.memory, channels=channels) if config.memory else None
-        opinions = LEVELS + (self.memory is not None)
+        self.memory = Memory(channels=channels) if config.memory else None
+        self.weights = [1.0] * LEVELS + ([view.weight for view in VIEWS] if self.memory is not None else [])
+        opinions = len(self.weights)
         self.surprise_mean: Tensor
         self.surprise_std: Tensor
         self.register_buffer("surprise_mean", torch.zeros(opinions))
@@ -108,8 +107,13 @@ class VQFlow(nn.Module):
                 block.compile_parts()  # type: ignore[operator]
 
     def pool(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The four levels as the extractor gave them, pooled as this model wants them."""
-        return pool_features(features, self.strides, self.config.pool_type)
+        """The four levels as the extractor gave them, pooled as this model wants them (`ModelConfig.kept_pool`)."""
+        return pool_features(features, self.strides, self.config.kept_pool)
+
+    def for_flows(self, pooled: Sequence[Tensor]) -> list[Tensor]:
+        """Levels by `pool`, pooled where the memory left that to the flows, in single precision at least."""
+        levels = [h.float() if h.dtype == torch.float16 else h for h in pooled]
+        return pool_features(levels, self.strides, self.config.pool_type) if self.config.memory else levels
 
     def standardize(self, pooled: Sequence[Tensor]) -> list[Tensor]:
         """Subtract each channel's mean and divide by its standard deviation, as stored by `fit_statistics`."""
@@ -124,7 +128,7 @@ class VQFlow(nn.Module):
 
     def forward_pooled(self, pooled: Sequence[Tensor], noise: float = 0.0) -> VQFlowOutput:
         """Pooled levels (see `pool`) -> `VQFlowOutput`; `noise` is the deviation of Gaussian noise added to them."""
-        features = self.standardize([h.float() if h.dtype == torch.float16 else h for h in pooled])
+        features = self.standardize(self.for_flows(pooled))
         if noise:
             features = [h + noise * torch.randn_like(h) for h in features]
         conditions = self.hierarchy(features)
@@ -140,20 +144,17 @@ class VQFlow(nn.Module):
         local = [a + b for a, b in zip(local, changes, strict=True)]
         return VQFlowOutput(
             latents=fused, log_det=sum(a.sum((1, 2)) for a in local), local_log_det=tuple(local),  # type: ignore[arg-type]
-            surprise=() if self.training else self._surprise(fused, features),
+            surprise=() if self.training else self._surprise(fused, pooled),
             commitment=conditions.commitment, concept=conditions.concept_index, patterns=conditions.patterns,
         )  # fmt: skip
 
     @torch.no_grad()
-    def _opinions(self, latents: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
-        """1/2 mean over channels of z_l^2 for each level, and the distance to the memory: maps (B, h, w)."""
-        found = [0.5 * z.float().square().mean(1) for z in latents]
-        return found if self.memory is None else [*found, self.memory(features)]
-
-    def _surprise(self, latents: Sequence[Tensor], features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The opinions in deviations from the mean of the calibration images; the memory counts `MEMORY_WEIGHT`."""
-        weights = [1.0] * LEVELS + [MEMORY_WEIGHT]
-        rows = zip(self._opinions(latents, features), self.surprise_mean, self.surprise_std, weights, strict=False)
+    def _surprise(self, latents: Sequence[Tensor], pooled: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """1/2 mean over channels of z_l^2 for each level and the memory's distances, standardized and weighted."""
+        opinions = [0.5 * z.float().square().mean(1) for z in latents]
+        if self.memory is not None:
+            opinions += self.memory(self.standardize(pooled))
+        rows = zip(opinions, self.surprise_mean, self.surprise_std, self.weights, strict=True)
         return tuple((found - mean) / std * weight for found, mean, std, weight in rows)
 
     @torch.no_grad()
@@ -163,11 +164,10 @@ class VQFlow(nn.Module):
         self.eval()
         self.surprise_mean.zero_()
         self.surprise_std.fill_(1.0)
-        scale = torch.tensor([1.0] * LEVELS + [MEMORY_WEIGHT], device=self.surprise_mean.device)
-        sums, squares, counts = (torch.zeros(len(self.surprise_mean), dtype=torch.float64) for _ in range(3))
+        sums, squares, counts = (torch.zeros(len(self.weights), dtype=torch.float64) for _ in range(3))
         for pooled in batches:
             for i, found in enumerate(self.forward_pooled(pooled).surprise):
-                values = (found / scale[i]).double().cpu()
+                values = (found / self.weights[i]).double().cpu()
                 sums[i] += values.sum()
                 squares[i] += values.square().sum()
                 counts[i] += values.numel()
@@ -182,7 +182,7 @@ class VQFlow(nn.Module):
         """Store each channel's mean and standard deviation over `batches` of pooled levels, in double precision."""
         count, total, squares = [0] * 4, [torch.zeros(())] * 4, [torch.zeros(())] * 4
         for pooled in batches:
-            for i, h in enumerate(pooled):
+            for i, h in enumerate(self.for_flows(pooled)):
                 h = h.double() if h.device.type != "mps" else h.float()
                 count[i] += h.numel() // h.shape[1]
                 total[i] = total[i].to(h) + h.sum((0, 2, 3))
