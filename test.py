@@ -21,6 +21,7 @@ from models.vqflow import VQFlow, VQFlowOutput
 from stage import Stage, find_checkpoints, load_model, settled_config
 from utils.bootstrap import bootstrap
 from utils.checkpoint import read_checkpoint
+from utils.concepts import agreement
 from utils.device import autocast
 from utils.gallery import ImageResult, Look, Views, calibrate
 from utils.metrics import ClassAccumulator, ClassResult, mean_results
@@ -189,11 +190,14 @@ def finish(
     drawn = {name: ([i.label for i in images], [i.score for i in images]) for name, images in by_name.items()}
     count = config.eval.bootstrap
     intervals = bootstrap(drawn, count, config.run.seed) if count else None
-    print(write_results(folder, Results(classes=classes, best_on_test=best, intervals=intervals, config=config)))
+    chosen = [(image.concept, image.class_name) for part in parts for image in part.images if image.concept is not None]
+    shared = config.data.multi_class  # models of their own have concepts of their own
+    concepts = agreement(*zip(*chosen, strict=True)) if chosen and shared and len(classes) > 1 else None
+    results = Results(classes=classes, best_on_test=best, intervals=intervals, concepts=concepts, config=config)
+    print(write_results(folder, results))
     print(f"run folder: {folder}")
     if pages:
         rows = comparison_rows(config.data.dataset) if config.compared else []
-        shared = config.data.multi_class
         print(f"report: {report_run(folder, pages, to_dict(config), shared_model=shared, published=rows)}")
 
 

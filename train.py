@@ -146,7 +146,7 @@ class Trainer:
         evaluate: evaluates the model on the test images.
         folder: receives checkpoints and metrics.jsonl.
         identity: stored in checkpoints beside the config (classes, channels, the extractor's fingerprint).
-        report: shows a finished meta epoch to the user.
+        report: shows a finished meta epoch to the user: its number, means, bits per dimension of held-out images.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Trainer:
         evaluate: Callable[[VQFlow], EvalResult],
         folder: Path,
         identity: dict[str, Any],
-        report: Callable[[int, EpochStats, EvalResult | None], None],
+        report: Callable[[int, EpochStats, float | None, EvalResult | None], None],
     ) -> None:
         self.config, self.model, self.features, self.steps = config, model, features, steps
         self.normal = normal
@@ -206,14 +206,17 @@ class Trainer:
             for book in books.values():
                 book.reassign()
         wanted = last or (epoch + 1) % self.config.eval.eval_interval == 0
+        unseen: float | None = None
         if wanted:
-            self.model.calibrate(batch.features for batch in self.normal())
+            nll = self.model.calibrate(batch.features for batch in self.normal())
+            unseen = bits_per_dim(nll, 1) if self.config.data.holdout else None
         result = self.evaluate(self.model) if wanted else None
         improved = self._note_best(result, epoch + 1) if result else False
         mean = asdict(result.mean) if result else None
-        log.write({"epoch": epoch + 1, "train": asdict(stats), "codebooks": usage, "test": mean})
+        held_out = {} if unseen is None else {"held_out": {"bits_per_dim": unseen}}
+        log.write({"epoch": epoch + 1, "train": asdict(stats), "codebooks": usage, **held_out, "test": mean})
         self._save(epoch + 1, improved)  # after the log: a resumed run drops entries that no checkpoint covers
-        self.report(epoch + 1, stats, result)
+        self.report(epoch + 1, stats, unseen, result)
         return result
 
     def _note_best(self, result: EvalResult, epoch: int) -> bool:
@@ -305,7 +308,7 @@ def fit_group(
         config, model, features=training, normal=lambda: normal_source.epoch(0), steps=len(source),
         evaluate=evaluation, folder=folder,
         identity=identity(stage, group),
-        report=lambda epoch, stats, result: print(progress_line(config, epoch, stats, result)),
+        report=lambda *found: print(progress_line(config, *found)),
     )  # fmt: skip
     return trainer.fit(saved_state(stage, group, folder))
 
@@ -340,10 +343,17 @@ def saved_state(stage: Stage, group: tuple[str, ...], folder: Path) -> dict[str,
     return saved
 
 
-def progress_line(config: Config, epoch: int, stats: EpochStats, result: EvalResult | None) -> str:
-    """One line for a finished meta epoch; `loc_eval` and `pro_eval` choose which metrics it shows."""
+def progress_line(
+    config: Config, epoch: int, stats: EpochStats, unseen: float | None, result: EvalResult | None
+) -> str:
+    """One line for a finished meta epoch; `loc_eval` and `pro_eval` choose which metrics it shows.
+
+    `unseen` are the bits per dimension of held-out images, None if there are none.
+    """
     last = config.train.meta_epochs
     line = f"meta epoch {epoch}/{last}  loss {stats.loss:.4g}  {stats.bits_per_dim:.3f} bits/dim"
+    if unseen is not None:
+        line += f" (held out: {unseen:.3f})"
     if result is None:
         return line
     line += f"  image AUROC {100 * result.mean.image_auroc:.1f}"

@@ -158,15 +158,21 @@ class VQFlow(nn.Module):
         return tuple((found - mean) / std * weight for found, mean, std, weight in rows)
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Sequence[Tensor]]) -> None:
-        """Learn from `batches` of pooled levels of normal images, unseen ones at best, what opinions are usual."""
+    def calibrate(self, batches: Iterable[Sequence[Tensor]]) -> float:
+        """Learn from `batches` of pooled levels of normal images, unseen ones at best, what opinions are usual.
+
+        Returns the images' mean negative log-likelihood per dimension, in nats, without the constant 1/2 ln(2 pi).
+        """
         was_training = self.training
         self.eval()
         self.surprise_mean.zero_()
         self.surprise_std.fill_(1.0)
         sums, squares, counts = (torch.zeros(len(self.weights), dtype=torch.float64) for _ in range(3))
+        nll: list[Tensor] = []
         for pooled in batches:
-            for i, found in enumerate(self.forward_pooled(pooled).surprise):
+            output = self.forward_pooled(pooled)
+            nll.append(output.nll.double() / output.dims)
+            for i, found in enumerate(output.surprise):
                 values = (found / self.weights[i]).double().cpu()
                 sums[i] += values.sum()
                 squares[i] += values.square().sum()
@@ -176,6 +182,7 @@ class VQFlow(nn.Module):
         self.surprise_mean.copy_(mean)
         self.surprise_std.copy_(std.clamp(min=1e-6))
         self.train(was_training)
+        return float(torch.cat(nll).mean())
 
     @torch.no_grad()
     def fit_statistics(self, batches: Iterable[Sequence[Tensor]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from default import Config, to_dict
 from utils.bootstrap import Intervals
+from utils.concepts import Agreement
 from utils.log import plain
 from utils.metrics import METRICS, NAN, ClassResult, mean_results, nanmean
 from utils.published import class_rows, comparison_rows
@@ -36,11 +37,13 @@ Best = Mapping[str, Mapping[str, float]]
 @dataclass(frozen=True, kw_only=True)
 class Results:
     """Of a run: each class's metrics, each metric's best mean on the test set over all evaluations with its epoch
-    (None where there was one evaluation), intervals if wanted, and the configuration."""
+    (None where there was one evaluation), intervals if wanted, the concepts' agreement with the classes (None without
+    concepts or with one class) and the configuration."""
 
     classes: Mapping[str, ClassResult]
     best_on_test: Best | None
     intervals: Intervals | None
+    concepts: Agreement | None = None
     config: Config
 
     @property
@@ -135,6 +138,11 @@ def notes_of(results: Results) -> list[str]:
         f"scores: image metrics from {config.eval.image_score}, pixel metrics from {config.eval.pixel_score}, AUPRO "
         f"from {config.eval.pro_score}; maps and masks at {config.score_size} x {config.score_size}; {made}"
     ]
+    if found := results.concepts:
+        notes.append(
+            f"concepts: {found.used} of {config.model.k_cpc} used on the test images, purity {found.purity:.2f}, "
+            f"mutual information with the classes {found.mutual_information:.2f} of {found.entropy:.2f} bits"
+        )
     if config.eval.fpr_limit != 0.3:
         notes.append(f"AUPRO up to a false-positive rate of {config.eval.fpr_limit:g}")
     groups: dict[tuple[str, ...], list[str]] = {}
@@ -170,6 +178,8 @@ def results_json(results: Results) -> dict[str, Any]:
         "scores": scores_of(results.config),
         "left_out": left_out(results.classes),
     }
+    if results.concepts:
+        content["concepts"] = asdict(results.concepts)
     if results.intervals:
         content["intervals"] = results.intervals.plain()
     if results.config.compared:

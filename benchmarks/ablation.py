@@ -1,0 +1,176 @@
+"""What each part of the best recipe is worth on your images: every part on or off, several seeds, seven metrics.
+
+    python benchmarks/ablation.py --data-path DATA --seeds 1 2 3
+    python benchmarks/ablation.py --data-path DATA --seeds 1 --only recipe "memory alone"
+
+DATA holds one folder per class, as in MVTec AD. Rows of the first kind read the same trained models in another way;
+rows of the second kind are trained with other flags. Finished runs under --work-dir are used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from datasets import build_datasets
+from default import Config
+from models.memory import VIEWS
+from models.vqflow import VQFlowOutput
+from stage import Stage, load_model, settled_config
+from test import by_class, forward
+from utils.checkpoint import read_checkpoint
+from utils.metrics import METRICS, ClassAccumulator, ClassResult, mean_results
+from utils.scoring import image_scores, score_maps
+from utils.tables import TITLES
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOWS = (0, 1, 2)
+MEMORY = tuple(range(3, 3 + len(VIEWS)))
+RECIPE = "recipe"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which opinions a score is the sum of, or which published maps image, pixel and AUPRO scores are."""
+
+    opinions: Sequence[int] = ()
+    maps: tuple[str, str, str] = ("surprise",) * 3
+    top_k: float = 0.001
+
+    def read(self, output: VQFlowOutput, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Image scores (B,), pixel map and AUPRO map (B, size, size)."""
+        chosen = tuple(output.surprise[i] for i in self.opinions)
+        maps = score_maps(output.latents, size, output.local_log_det, chosen)
+        image, pixel, pro = (getattr(maps, name) for name in self.maps)
+        return image_scores(image, self.top_k), pixel, pro
+
+
+READINGS = {
+    RECIPE: Reading((*FLOWS, *MEMORY)),
+    "image score: top 3 % instead of 0.1 %": Reading((*FLOWS, *MEMORY), top_k=0.03),
+    "flow alone": Reading(FLOWS),
+    "memory alone": Reading(MEMORY),
+    "without the memory's finest view": Reading((*FLOWS, *MEMORY[1:])),
+    "without the memory's middle view": Reading((*FLOWS, MEMORY[0], *MEMORY[2:])),
+    "without the memory's coarsest view": Reading((*FLOWS, *MEMORY[:-1])),
+    "flow's likelihood, log-determinant included": Reading(maps=("likelihood",) * 3),
+    "published scores (mul, add, mul, top 3 %)": Reading(maps=("mul", "add", "mul"), top_k=0.03),
+}
+PUBLISHED = ["--image-score", "mul", "--pixel-score", "add", "--pro-score", "mul", "--top-k", "0.03"]
+TRAINED = {
+    "features pooled for the flow": ["--pool-type", "avg"],
+    "no noise, no weight decay": ["--noise", "0", "--weight-decay", "0"],
+    "half the training": ["--meta-epochs", "1"],
+    "learning rate 1e-4": ["--lr", "1e-4"],
+    "released codebooks": ["--codebooks", "released"],
+    "no codebooks": ["--no-quantize-enable", "--no-mixed-gaussian"],
+    "no position encoding": ["--no-concat-pos"],
+    "released recipe, 8 sub epochs": [
+        "--objective", "released", "--codebooks", "released", "--no-standardize", "--noise", "0", "--weight-decay", "0",
+        "--schedule", "constant", "--warmup", "0.125", "--lr", "1e-4", "--meta-epochs", "4", "--eval-interval", "4",
+        "--pool-type", "avg", "--memory", "0", "--holdout", "0", *PUBLISHED,
+    ],
+}  # fmt: skip
+
+
+def trained(flags: list[str], name: str, seed: int, args: argparse.Namespace) -> Path:
+    """The run folder of a variant, trained if it is not there yet."""
+    folder = Path(args.work_dir) / f"{name}-seed{seed}"
+    if not (folder / "results.json").is_file():
+        command = [
+            sys.executable, "main.py", "--preset", args.preset, "--dataset", "folder", "--data-path", args.data_path,
+            "--seed", str(seed), "--name", name, "--work-dir", args.work_dir, "--no-report", "--pictures", "0", *flags,
+        ]  # fmt: skip
+        subprocess.run([*command, *args.flags], cwd=ROOT, check=True)
+    return folder
+
+
+def seconds_of(folder: Path) -> float:
+    """Seconds of all training steps (of the last sub epoch, times their number)."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return sum(json.loads(line)["train"]["seconds"] for line in lines) * config["train"]["sub_epochs"]
+
+
+def figures_of(folder: Path) -> dict[str, float]:
+    """What the run itself measured."""
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return {metric: found["mean"][metric] for metric in METRICS}
+
+
+@torch.no_grad()
+def readings_of(folder: Path, chosen: dict[str, Reading], work_dir: str) -> dict[str, dict[str, float]]:
+    """All readings of a trained model in one pass over the test images."""
+    path = folder / "last.pt"
+    content = read_checkpoint(path)
+    config: Config = settled_config(content, Config(), {"work_dir": work_dir, "cache": "disk"}, str(path))
+    stage = Stage(config)
+    model = load_model(content, stage, str(path))
+    names = config.data.class_names
+    test_set = build_datasets(config.data, names, config.score_size)[1]
+    found = {title: [ClassAccumulator() for _ in names] for title in chosen}
+    for batch in stage.test_features(test_set).epoch(0):
+        output = forward(model, batch.features)
+        for title, reading in chosen.items():
+            scores, pixel, pro = reading.read(output, config.score_size)
+            for index, own in by_class(batch.class_index):
+                found[title][index].update(
+                    labels=batch.label[own], scores=scores[own], masks=batch.mask[own], maps=pixel[own],
+                    pro_maps=pro[own],
+                )  # fmt: skip
+    return {title: means(lambda i, rows=rows: rows[i].compute(), names) for title, rows in found.items()}
+
+
+def means(result: Callable[[int], ClassResult], names: Sequence[str]) -> dict[str, float]:
+    """Each metric's mean over the classes."""
+    total = mean_results({name: result(i) for i, name in enumerate(names)})
+    return {metric: getattr(total, metric) for metric in METRICS}
+
+
+def row(title: str, found: list[dict[str, float]], seconds: list[float]) -> str:
+    """A line of the table: mean and standard deviation over the seeds, in per cent."""
+    cells = []
+    for metric in METRICS:
+        values = [100 * f[metric] for f in found]
+        cells.append(f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
+    return f"| {title} | {' | '.join(cells)} | {mean(seconds):.0f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-path", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--preset", default="accurate")
+    parser.add_argument("--work-dir", default="work_dirs/ablation-accurate")
+    parser.add_argument("--only", nargs="+", choices=[*READINGS, *TRAINED], metavar="ROW", help="default: all rows")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of main.py, come last")
+    args = parser.parse_args()
+    wanted = args.only or [*READINGS, *TRAINED]
+    print(f"| {args.preset} | " + " | ".join(TITLES[m] for m in METRICS) + " | training s |")
+    print("|---|" + "---|" * (len(METRICS) + 1), flush=True)
+    readings = {title: reading for title, reading in READINGS.items() if title in wanted}
+    if readings:
+        folders = [trained([], args.preset, seed, args) for seed in args.seeds]
+        found = [readings_of(folder, readings, args.work_dir) for folder in folders]
+        for title in readings:
+            print(row(title, [f[title] for f in found], [seconds_of(f) for f in folders]), flush=True)
+    for title, flags in TRAINED.items():
+        if title in wanted:
+            name = "".join(c if c.isalnum() else "-" for c in title)
+            folders = [trained(flags, name, seed, args) for seed in args.seeds]
+            print(row(title, [figures_of(f) for f in folders], [seconds_of(f) for f in folders]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
