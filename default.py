@@ -347,7 +347,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper-visa": _PAPER | {"dataset": "visa"},
     "released": _PAPER | {"objective": "released", "codebooks": "released", "schedule": "released"},
     "cpu": _SMALL | {"eval_interval": 3},
-    "accurate": _SMALL | {"eval_interval": 3, "pool_type": "none"},
+    "accurate": _SMALL | {"pool_type": "none", "meta_epochs": 2, "eval_interval": 2},
     "sample": _SMALL | {"dataset": "sample"},
 }
 

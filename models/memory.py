@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NEAREST = 48  # images that are searched
-ROWS = 256  # stored vectors compared at a time: more do not stay in a processor's cache
+ROWS = 256  # stored vectors compared at a time on a CPU: the products of more do not stay in its cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +85,15 @@ class Memory(nn.Module):
             setattr(self, name, torch.stack(rows))
 
     @torch.no_grad()
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Euclidean distance to the nearest vector of the `NEAREST` images that are most like each image.
 
         One map (B, H, W) per view, on the grid of its finer level.
         """
-        gaps = torch.cdist(features[-1].float().mean((2, 3)), self.descriptors.float())
+        known = self.descriptors.float()
+        gaps = known.square().sum(1) - 2 * features[-1].float().mean((2, 3)) @ known.T  # squared, up to a constant
         near = gaps.topk(min(NEAREST, len(self.descriptors)), largest=False).indices
         found = []
         for v, view in enumerate(VIEWS):
@@ -108,7 +111,7 @@ def nearest(places: Tensor, vectors: Tensor) -> Tensor:
     """Euclidean distance of `places` (B, L, C) to the nearest of `vectors` (B, R, C), (B, L)."""
     norm = places.square().sum(2)
     best: Tensor | None = None
-    for part in vectors.float().split(ROWS, 1):
+    for part in vectors.float().split(ROWS if places.device.type == "cpu" else vectors.shape[1], 1):
         gap = torch.baddbmm(part.square().sum(2)[:, None], places, part.transpose(1, 2), alpha=-2).amin(2)
         best = gap if best is None else torch.minimum(best, gap)
     assert best is not None

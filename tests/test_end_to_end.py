@@ -28,8 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 4
 LONG = [
     "--meta-epochs", str(EPOCHS), "--noise", "0.3", "--reassign-quantize", "--loc-eval", "--pro-eval",
-    "--pro-eval-interval", "2", "--tensorboard",
+    "--pro-eval-interval", "2", "--tensorboard", "--memory", "3", "--image-score", "surprise", "--holdout", "0.1",
 ]  # fmt: skip
+REMEMBERING = ["--memory", "4", "--image-score", "surprise", "--pixel-score", "surprise"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -246,12 +247,12 @@ def test_single_class_training_ends_in_one_table(place: Path, capsys: pytest.Cap
 @pytest.fixture(scope="module")
 def live(place: Path) -> Path:
     """A run that reads its images in this process and computes their features each time."""
-    assert main(command(place, "live", *METHOD, "--cache", "none", "--noise", "0.3", "--sub-epochs", "2")) == 0
+    assert main(command(place, "live", *METHOD, *REMEMBERING, "--cache", "none", "--noise", "0.3", "--sub-epochs", "2")) == 0
     return only(place, "live")
 
 
 def test_extracted_features_train_the_same_model_to_half_precision(place: Path, live: Path) -> None:
-    argv = command(place, "cached", *METHOD, "--noise", "0.3", "--sub-epochs", "2", "--pre-extract")
+    argv = command(place, "cached", *METHOD, *REMEMBERING, "--noise", "0.3", "--sub-epochs", "2", "--pre-extract")
     assert main(argv) == 0
     folder = only(place, "cached")
     caches = {p: p.stat().st_mtime_ns for p in (place / "cached" / "cache").rglob("*.npy")}
@@ -320,11 +321,12 @@ def test_official_checkpoints_are_recognised(place: Path, live: Path, capsys: py
     ours = read_checkpoint(live / "last.pt")
     saved = from_dict(ours["config"])
     settings = to_dict(saved)
-    settings["model"] |= {"objective": "released", "codebooks": "released", "standardize": False}
+    settings["model"] |= {"objective": "released", "codebooks": "released", "standardize": False, "memory": 0}
     config = ModelConfig(**settings["model"])
     seed_everything(0)
     model = VQFlow(config, ours["channels"]).eval()
     settings["train"] |= {"noise": 0.0}
+    settings["eval"] |= {"image_score": "mul", "pixel_score": "add"}
     write_checkpoint(place / "ours.pt", ours | {"config": settings, "model": model.state_dict()})
     torch.save(official_style(model), place / "official.pt")
     assert same(load_official(place / "official.pt", config, ours["channels"]).state_dict(), model.state_dict())
