@@ -247,7 +247,8 @@ def test_single_class_training_ends_in_one_table(place: Path, capsys: pytest.Cap
 @pytest.fixture(scope="module")
 def live(place: Path) -> Path:
     """A run that reads its images in this process and computes their features each time."""
-    assert main(command(place, "live", *METHOD, *REMEMBERING, "--cache", "none", "--noise", "0.3", "--sub-epochs", "2")) == 0
+    argv = command(place, "live", *METHOD, *REMEMBERING, "--cache", "none", "--noise", "0.3", "--sub-epochs", "2")
+    assert main(argv) == 0
     return only(place, "live")
 
 
