@@ -92,7 +92,7 @@ class Bench:
 
     def __init__(self, size: str, batch: int, device: torch.device, *, cpu_time: bool = False, **changes: Any) -> None:
         self.cpu_time = cpu_time
-        config = make_config(PRESETS[size], pretrained=False, weights=None, **changes)
+        config = make_config(PRESETS[size], pretrained=False, weights=None, memory=0, **changes)  # the released way has none
         self.config, self.device, self.side = config, device, config.data.input_size
         torch.manual_seed(config.run.seed)
         self.extractor = FrozenExtractor(config.model.extractor, input_size=self.side, pretrained=False).to(device)
