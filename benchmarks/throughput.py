@@ -92,7 +92,8 @@ class Bench:
 
     def __init__(self, size: str, batch: int, device: torch.device, *, cpu_time: bool = False, **changes: Any) -> None:
         self.cpu_time = cpu_time
-        config = make_config(PRESETS[size], pretrained=False, weights=None, memory=0, **changes)  # the released way has none
+        changes |= {"pretrained": False, "weights": None, "memory": 0}  # the released way has no memory
+        config = make_config(PRESETS[size], **changes)
         self.config, self.device, self.side = config, device, config.data.input_size
         torch.manual_seed(config.run.seed)
         self.extractor = FrozenExtractor(config.model.extractor, input_size=self.side, pretrained=False).to(device)
