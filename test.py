@@ -102,6 +102,11 @@ def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield index, (class_index == index).nonzero().flatten()
 
 
+def absolute_map(config: EvalConfig) -> str:
+    """The map to show: the pixel metrics' own if images can be compared by it, else the likelihood."""
+    return "surprise" if config.pixel_score == "surprise" else "likelihood"
+
+
 def look_at(stage: Stage, model: VQFlow, dataset: ImageFolder) -> Look:
     """Shows images of a data set by their numbers, with what the model, put into eval mode, says of them."""
     config = stage.config.eval
@@ -115,6 +120,7 @@ def look_at(stage: Stage, model: VQFlow, dataset: ImageFolder) -> Look:
             images=np.stack([denormalize(sample.image) for sample in samples]),
             masks=torch.stack([sample.mask for sample in samples]).numpy(),
             maps=maps,
+            absolute=absolute_map(config),
             scores=image_scores(getattr(maps, config.image_score), config.top_k).cpu().numpy(),
         )
 

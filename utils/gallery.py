@@ -43,12 +43,21 @@ class ImageResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Some images: RGB `images` (N, S, S, 3) uint8, `masks` (N, S, S) bool, `maps` (N, S, S), `scores` (N,) float."""
+    """Some images: RGB `images` (N, S, S, 3) uint8, `masks` (N, S, S) bool, `maps` (N, S, S), `scores` (N,) float.
+
+    `absolute` names the map that images can be compared by.
+    """
 
     images: NDArray[np.uint8]
     masks: NDArray[np.bool_]
     maps: ScoreMaps
+    absolute: str
     scores: NDArray
+
+    @property
+    def heat(self) -> NDArray:
+        """(N, S, S): what heat maps show."""
+        return getattr(self.maps, self.absolute).cpu().numpy()
 
 
 Look = Callable[[Sequence[int]], Views]  # numbers of images in a data set
@@ -100,7 +109,7 @@ def calibrate(look: Look, numbers: Sequence[int]) -> Calibration:
     for chunk in chunks(chosen):
         views = look(chunk)
         step = max(1, views.images.shape[1] // SAMPLED)
-        pixels.append(views.maps.likelihood[:, ::step, ::step].flatten().cpu().numpy())
+        pixels.append(views.heat[:, ::step, ::step].flatten())
         scores.append(views.scores)
     low, high = np.quantile(np.concatenate(pixels), (0.5, PIXEL_QUANTILE))
     threshold = float(np.quantile(np.concatenate(scores), QUANTILE))
@@ -132,7 +141,7 @@ def take_pictures(look: Look, images: Mapping[int, ImageResult], calibration: Ca
     pictures: list[Picture] = []
     for chunk in chunks(list(images)):
         views = look(chunk)
-        levels = (calibration.scaled(views.maps.likelihood.cpu().numpy()) - 1) / (HOT - 1)
+        levels = (calibration.scaled(views.heat) - 1) / (HOT - 1)
         for number, image, mask, level in zip(chunk, views.images, views.masks, levels, strict=True):
             pictures.append(Picture(
                 name="/".join(Path(images[number].path).parts[-2:]), score=images[number].score, side=len(mask),

@@ -142,7 +142,7 @@ def content(report: Report) -> dict[str, Any]:
         "codebook_panels": codebook_panels(report.training), "titles_of_books": CODEBOOKS,
         "concepts": concept_matrix(report.classes), "kinds": gallery.KINDS,
         "scale": {"hot": gallery.HOT, "quantile": gallery.PIXEL_QUANTILE, "stops": ramp()[::51].tolist()},
-        "holdout": report.config["data"]["holdout"],
+        "holdout": report.config["data"]["holdout"], "pixel_score": report.config["eval"]["pixel_score"],
         "quantile": gallery.QUANTILE, "calibrated": max(p.calibration.count for p in report.classes.values()),
     }  # fmt: skip
 
