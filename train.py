@@ -33,8 +33,9 @@ from utils.seed import random_state, restore_random_state
 
 LAST, BEST = "last.pt", "best_on_test.pt"
 SEED_IMAGES = 512  # images in which the codes are placed at the start
+FIRST_LOOK = -1  # number of the passes before the first sub epoch
 
-Features = Callable[[int], Iterable[FeatureBatch]]  # sub epoch -> batches
+Features = Callable[[int], Iterable[FeatureBatch]]  # sub epoch, or FIRST_LOOK -> batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +120,10 @@ def bits_per_dim(nll: float, dims: int) -> float:
 def initialize(model: VQFlow, features: Features, images: int) -> None:
     """Look at the `images` training images: channel statistics, the start of our codebooks, the memory."""
     if model.config.standardize:
-        model.fit_statistics(batch.features for batch in features(0))
+        model.fit_statistics(batch.features for batch in features(FIRST_LOOK))
     if model.config.codebooks == "seeded" and model.config.quantize_enable:
         batches, seen = [], 0
-        for batch in features(0):
+        for batch in features(FIRST_LOOK):
             batches.append(model.standardize(model.for_flows(batch.features)))
             seen += len(batch.path)
             if seen >= SEED_IMAGES:
@@ -130,7 +131,7 @@ def initialize(model: VQFlow, features: Features, images: int) -> None:
         model.train()
         model.hierarchy.seed(batches)
     if model.memory is not None:
-        everything = (model.standardize(batch.features) for batch in features(0))
+        everything = (model.standardize(batch.features) for batch in features(FIRST_LOOK))
         model.memory.fit(everything, images=images, size=model.config.memory)
 
 
@@ -298,7 +299,8 @@ def fit_group(
     total = config.train.meta_epochs * config.train.sub_epochs
 
     def training(sub: int) -> Iterable[FeatureBatch]:
-        return tqdm(source.epoch(sub), total=len(source), desc=f"sub epoch {sub + 1}/{total}", leave=False)
+        title = "first look" if sub == FIRST_LOOK else f"sub epoch {sub + 1}/{total}"
+        return tqdm(source.epoch(max(sub, 0)), total=len(source), desc=title, leave=False)
 
     def evaluation(model: VQFlow) -> EvalResult:
         batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)

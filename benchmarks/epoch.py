@@ -59,7 +59,7 @@ def run(config: Config, rounds: int, cpu_time: bool) -> None:
     source = stage.training_features(dataset)
     built = now() - begin
     model = stage.build_model()
-    initialize(model, source.epoch, len(source) * config.train.batch_size)
+    initialize(model, lambda _: source.epoch(0), len(source) * config.train.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
     released, ours = [], []
     for number in range(rounds):
