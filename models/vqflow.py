@@ -171,9 +171,9 @@ class VQFlow(nn.Module):
         nll: list[Tensor] = []
         for pooled in batches:
             output = self.forward_pooled(pooled)
-            nll.append(output.nll.double() / output.dims)
+            nll.append(output.nll.cpu().double() / output.dims)
             for i, found in enumerate(output.surprise):
-                values = (found / self.weights[i]).double().cpu()
+                values = (found / self.weights[i]).cpu().double()  # some devices have no double precision
                 sums[i] += values.sum()
                 squares[i] += values.square().sum()
                 counts[i] += values.numel()
