@@ -56,6 +56,7 @@ class Form:
     fused: bool = False
     bf16: bool = False
     compiled: bool = False
+    recompute: bool = False
 
 
 def ladder(device: torch.device) -> list[Form]:
@@ -71,7 +72,12 @@ def ladder(device: torch.device) -> list[Form]:
     ]
     if has_bfloat16(device):
         forms.append(replace(forms[-1], name="bf16 autocast", bf16=True))
-    return [*forms, replace(forms[-1], name="compiled flows", compiled=True)]
+    best = forms[-1]
+    return [
+        *forms,
+        replace(best, name="compiled flows", compiled=True),
+        replace(best, name="activations computed again", recompute=True),
+    ]
 
 
 class Clock:
@@ -120,7 +126,7 @@ class Bench:
         self.images = self.images.contiguous(memory_format=layout)
         self.features = [f.contiguous(memory_format=layout) for f in self.features]
         self.extractor.requires_grad_(not form.frozen)
-        model.hierarchy.direct = not form.structured
+        model.hierarchy.direct, model.recompute = not form.structured, form.recompute
         for flow in model.level_flows:
             for block in flow.blocks:
                 block.couple, block.subnet.activate = couple, activate
@@ -323,7 +329,7 @@ def memory_table(args: argparse.Namespace, forms: list[Form]) -> None:
         command = [
             sys.executable, __file__, "--size", args.size, "--batch", str(args.memory_batch or args.batch),
             "--device", args.device, "--one", str(number),
-        ]  # fmt: skip
+        ] + ["--ends"] * args.ends  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         shown = f"{float(done.stdout.split()[-1]):.2f} GiB" if done.returncode == 0 else f"failed ({done.returncode})"
         print(f"| {form.name} | {shown} |", flush=True)
@@ -331,7 +337,7 @@ def memory_table(args: argparse.Namespace, forms: list[Form]) -> None:
 
 def grow(args: argparse.Namespace, device: torch.device) -> None:
     """How a training step and inference of our best form grow, one setting changed at a time."""
-    form = [f for f in ladder(device) if not f.compiled][-1]
+    form = [f for f in ladder(device) if not f.compiled and not f.recompute][-1]
     changes: dict[str, list[tuple[int, dict[str, Any]]]] = {
         "image size": [(side, {"input_size": side}) for side in (256, 384, 512)],
         "codes": [(codes, {"k_cspc": codes}) for codes in (128, 512, 1024, 4096)],
@@ -362,6 +368,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--grow", action="store_true", help="how the cost grows instead of the comparison")
     parser.add_argument("--no-compile", action="store_true", help="without the compiled form")
+    parser.add_argument("--ends", action="store_true", help="only the released way and our best: for large batches")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # peak memory of one form, in this process
     args = parser.parse_args()
@@ -370,12 +377,14 @@ def main() -> None:
         torch.set_num_threads(1)
     device = resolve_device(args.device)
     forms = [form for form in ladder(device) if not (args.no_compile and form.compiled)]
+    if args.ends:
+        forms = [forms[0], *(form for form in forms if form.fused and not form.compiled)]
     if args.grow:
         grow(args, device)
         return
     bench = Bench(args.size, args.batch, device, cpu_time=args.cpu_time)
     if args.one is not None:
-        print(peak_memory(bench, forms[args.one]))
+        print(peak_memory(bench, [form for form in forms if not form.compiled][args.one]))
         return
     rates = {False: matrix_rate(device, torch.float32, args.cpu_time)}
     rates[True] = matrix_rate(device, torch.bfloat16, args.cpu_time) if has_bfloat16(device) else float("nan")
@@ -383,9 +392,10 @@ def main() -> None:
         f"size {args.size}, {device}, {torch.get_num_threads()} threads, matrix rate {rates[False] / 1e9:.4g} GFLOP/s"
     )
     check_agreement(bench)
-    inference = [
-        replace(form, cached=False) for form in forms if form.name not in ("cached features", "fused optimiser")
-    ]
+    trained_alike = ("cached features", "fused optimiser", "activations computed again")  # no steps of inference
+    inference = [replace(form, cached=False) for form in forms if form.name not in trained_alike]
+    if args.ends:
+        inference.append(replace(forms[1], name="ours", cached=False))
     inference.append(replace(inference[-1], name="cached features", cached=True))
     rows = {
         "inference": compare(bench, "inference", inference, args.rounds, rates),
