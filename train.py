@@ -54,6 +54,16 @@ class EpochStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Supply:
+    """What a training run is fed with: `training` batches of a sub epoch, `steps` of them, and batches of the `normal`
+    images that calibrate the scores."""
+
+    training: Features
+    steps: int
+    normal: Callable[[], Iterable[FeatureBatch]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitResult:
     """The last evaluation, and for each metric the best value on the test set with its meta epoch."""
 
@@ -141,13 +151,10 @@ class Trainer:
     Args:
         config: the resolved configuration.
         model: on its device.
-        features: batches of training features for a sub epoch's number.
-        normal: batches of features of the images that calibrate the scores.
-        steps: batches in a sub epoch.
+        supply: features of the training images.
         evaluate: evaluates the model on the test images.
         folder: receives checkpoints and metrics.jsonl.
         identity: stored in checkpoints beside the config (classes, channels, the extractor's fingerprint).
-        report: shows a finished meta epoch to the user: its number, means, bits per dimension of held-out images.
     """
 
     def __init__(
@@ -155,17 +162,13 @@ class Trainer:
         config: Config,
         model: VQFlow,
         *,
-        features: Features,
-        normal: Callable[[], Iterable[FeatureBatch]],
-        steps: int,
+        supply: Supply,
         evaluate: Callable[[VQFlow], EvalResult],
         folder: Path,
         identity: dict[str, Any],
-        report: Callable[[int, EpochStats, float | None, EvalResult | None], None],
     ) -> None:
-        self.config, self.model, self.features, self.steps = config, model, features, steps
-        self.normal = normal
-        self.evaluate, self.folder, self.identity, self.report = evaluate, folder, identity, report
+        self.config, self.model, self.supply = config, model, supply
+        self.evaluate, self.folder, self.identity = evaluate, folder, identity
         train = config.train
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
@@ -180,7 +183,7 @@ class Trainer:
         train = self.config.train
         done = self._restore(saved) if saved else 0
         if not saved:
-            initialize(self.model, self.features, self.steps * train.batch_size)
+            initialize(self.model, self.supply.training, self.supply.steps * train.batch_size)
         log = RunLog(
             self.folder, kept=done, config=to_dict(self.config), tensorboard=train.tensorboard, wandb=train.wandb_enable
         )
@@ -198,10 +201,11 @@ class Trainer:
             book.reset_usage()
         share = 1 / (train.meta_epochs * train.sub_epochs)
         for sub in range(epoch * train.sub_epochs, (epoch + 1) * train.sub_epochs):
-            batches = self.features(sub)
+            batches = self.supply.training(sub)
             if train.profile and sub == 0:
                 batches = traced(batches, train.profile * train.accumulate, self.folder / "trace.json")
-            stats = train_epoch(self.model, batches, self.optimizer, train, start=sub * share, step=share / self.steps)
+            step = share / self.supply.steps
+            stats = train_epoch(self.model, batches, self.optimizer, train, start=sub * share, step=step)
         usage = {name: book.statistics() for name, book in books.items()}
         if train.reassign_quantize:
             for book in books.values():
@@ -209,7 +213,7 @@ class Trainer:
         wanted = last or (epoch + 1) % self.config.eval.eval_interval == 0
         unseen: float | None = None
         if wanted:
-            nll = self.model.calibrate(batch.features for batch in self.normal())
+            nll = self.model.calibrate(batch.features for batch in self.supply.normal())
             unseen = bits_per_dim(nll, 1) if self.config.data.holdout else None
         result = self.evaluate(self.model) if wanted else None
         improved = self._note_best(result, epoch + 1) if result else False
@@ -217,7 +221,7 @@ class Trainer:
         held_out = {} if unseen is None else {"held_out": {"bits_per_dim": unseen}}
         log.write({"epoch": epoch + 1, "train": asdict(stats), "codebooks": usage, **held_out, "test": mean})
         self._save(epoch + 1, improved)  # after the log: a resumed run drops entries that no checkpoint covers
-        self.report(epoch + 1, stats, unseen, result)
+        print(progress_line(self.config, epoch + 1, stats, unseen, result))
         return result
 
     def _note_best(self, result: EvalResult, epoch: int) -> bool:
@@ -306,12 +310,8 @@ def fit_group(
         batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
         return evaluate(model, batches, group, config.eval, size=config.score_size, amp=config.train.amp_enable)
 
-    trainer = Trainer(
-        config, model, features=training, normal=lambda: normal_source.epoch(0), steps=len(source),
-        evaluate=evaluation, folder=folder,
-        identity=identity(stage, group),
-        report=lambda *found: print(progress_line(config, *found)),
-    )  # fmt: skip
+    supply = Supply(training=training, steps=len(source), normal=lambda: normal_source.epoch(0))
+    trainer = Trainer(config, model, supply=supply, evaluate=evaluation, folder=folder, identity=identity(stage, group))
     return trainer.fit(saved_state(stage, group, folder))
 
 

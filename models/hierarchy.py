@@ -34,6 +34,26 @@ class ConditionSet:
     commitment: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """`kind`: "residual", "naive", "concept" (CPC only) or "none" (no codebooks); `concepts` and `patterns`: codes of
+    the CPC and of each CSPC; `released`: released codebook updates."""
+
+    kind: str
+    concepts: int
+    patterns: int
+    released: bool = False
+
+    def concept_codebook(self, dim: int) -> Codebook | None:
+        """The CPC for concepts of size `dim`, if there is one."""
+        return None if self.kind == "none" else Codebook(codes=self.concepts, dim=dim, released=self.released)
+
+    def pattern_codebooks(self, dim: int) -> list[Codebook]:
+        """The CSPCs of the levels and of the top for patterns of size `dim`; none without patterns."""
+        count = LEVELS + 1 if self.kind in ("residual", "naive") else 0
+        return [Codebook(codes=self.patterns, dim=dim, released=self.released) for _ in range(count)]
+
+
 def mlp(width: int, *sizes: int) -> nn.Sequential:
     """Linear, BN, ReLU for each size; 1x1 convolutions with `width` 2, linear layers with `width` 0."""
     layer = (lambda a, b: nn.Conv2d(a, b, 1)) if width == 2 else nn.Linear
@@ -70,31 +90,25 @@ class Hierarchy(nn.Module):
         channels: channels of the four feature levels, the top one last.
         dim: D, size of a concept.
         positions: P, channels of the position encoding, 0 for none.
-        concepts, patterns: codes of the CPC and of each CSPC.
-        quantize: "residual", "naive", "concept" (CPC only) or "none" (no codebooks).
+        quantization: what is quantized, and by which codebooks.
         sizes: channels to which each level's condition is projected, None for no projection.
-        released: released codebook updates.
         direct: convolve conditions as dense maps, the reference for their structured convolution.
     """
 
     def __init__(
-        self, *, channels: Sequence[int], dim: int, positions: int, concepts: int, patterns: int, quantize: str,
-        sizes: Sequence[int] | None = None, released: bool = False, direct: bool = False,
+        self, *, channels: Sequence[int], dim: int, positions: int, quantization: Quantization,
+        sizes: Sequence[int] | None = None, direct: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.positions, self.quantize, self.direct = positions, quantize, direct
-        wide = dim + positions if quantize == "residual" else dim
+        self.positions, self.quantize, self.direct = positions, quantization.kind, direct
+        wide = dim + positions if self.quantize == "residual" else dim
         top = channels[-1]
         self.semantic_mlp = mlp(0, top, dim, dim)
         self.semantic_encoder = mlp(2, top, wide)
         self.upsamplers = nn.ModuleList(nn.Conv2d(wide, wide, 1) for _ in range(LEVELS))
         self.feature_mlps = nn.ModuleList(mlp(2, c, wide, wide) for c in channels)
-        self.cpc = Codebook(codes=concepts, dim=dim, released=released) if quantize != "none" else None
-        self.cspc = nn.ModuleList(
-            Codebook(codes=patterns, dim=dim + positions, released=released)
-            for _ in range(LEVELS + 1)
-            if quantize in ("residual", "naive")
-        )
+        self.cpc = quantization.concept_codebook(dim)
+        self.cspc = nn.ModuleList(quantization.pattern_codebooks(dim + positions))
         full = dim + positions + dim
         self.projections = nn.ModuleList(nn.Conv2d(full, size, 1) for size in (*sizes, sizes[-1])) if sizes else None
         self.condition_channels = tuple(sizes[min(i, 2)] if sizes else full for i in range(LEVELS + 1))

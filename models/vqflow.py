@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from default import ModelConfig
 from models.flow import LevelFlow
 from models.fusion import FusionFlow
-from models.hierarchy import LEVELS, Hierarchy
+from models.hierarchy import LEVELS, Hierarchy, Quantization
 from models.memory import VIEWS, Memory
 from models.prior import MixedGaussian
 
@@ -73,9 +73,8 @@ class VQFlow(nn.Module):
         self.recompute = recompute
         self.config, self.channels, self.strides = config, tuple(channels), tuple(strides)
         self.hierarchy = Hierarchy(
-            channels=channels, dim=config.dim_cpc, positions=config.positions, concepts=config.k_cpc,
-            patterns=config.k_cspc, quantize=quantize_kind(config), sizes=config.condition_sizes,
-            released=config.codebooks == "released", direct=config.conditioning == "direct",
+            channels=channels, dim=config.dim_cpc, positions=config.positions, quantization=quantization_of(config),
+            sizes=config.condition_sizes, direct=config.conditioning == "direct",
         )  # fmt: skip
         sizes = self.hierarchy.condition_channels
         self.level_flows = nn.ModuleList(
@@ -209,8 +208,10 @@ def pool_features(features: Sequence[Tensor], strides: Sequence[int], kind: str)
     return [pool(h, 3, 2, 1) if stride < strides[-1] else h for h, stride in zip(features, strides, strict=True)]
 
 
-def quantize_kind(config: ModelConfig) -> str:
-    """The hierarchy's `quantize` argument for the flags of the released code."""
-    if not config.quantize_enable:
-        return "none"
-    return config.quantize_type if config.pattern_quantize else "concept"
+def quantization_of(config: ModelConfig) -> Quantization:
+    """What the hierarchy quantizes, from the flags of the released code."""
+    kind = "none"
+    if config.quantize_enable:
+        kind = config.quantize_type if config.pattern_quantize else "concept"
+    released = config.codebooks == "released"
+    return Quantization(kind=kind, concepts=config.k_cpc, patterns=config.k_cspc, released=released)

@@ -9,7 +9,7 @@ from default import ModelConfig, UsageError
 from models.hierarchy import position_encoding
 from models.loss import loss_terms
 from models.official import load_official
-from models.vqflow import VQFlow, quantize_kind
+from models.vqflow import VQFlow, quantization_of
 from utils.scoring import image_scores, score_maps
 from utils.seed import seed_everything
 
@@ -38,7 +38,7 @@ def features(side: int = 64, batch: int = 3) -> list[torch.Tensor]:
 @pytest.mark.parametrize("mixed", [True, False])
 def test_every_mode_trains_and_reaches_every_parameter(mode: str, concat_pos: bool, mixed: bool) -> None:
     model = build(mode, concat_pos=concat_pos, mixed_gaussian=mixed).train()
-    assert quantize_kind(model.config) == mode
+    assert quantization_of(model.config).kind == mode
     output = model.forward_features(features())
     loss_terms(output, 1.0).total.backward()
     without = [

@@ -1,0 +1,234 @@
+"""The forms that benchmarks/throughput.py compares, and a bench on which each of them computes, cut into parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.released import ReleasedForward, thresholded_aupro
+from default import make_config
+from models.extractor import FrozenExtractor
+from models.flow import activate, couple
+from models.loss import loss_terms
+from models.vqflow import VQFlow, pool_features
+from utils.device import autocast, has_bfloat16
+from utils.metrics import ClassAccumulator
+from utils.scoring import image_scores, score_maps
+
+PRESETS = {"small": "cpu", "paper": "paper-mvtec"}
+PARTS = ("extractor", "condition", "flows", "fusion", "optimizer", "metrics")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way to compute; every field is a step of the ladder."""
+
+    name: str
+    released: bool = False
+    frozen: bool = True
+    structured: bool = True
+    cached: bool = False
+    channels_last: bool = False
+    fused: bool = False
+    bf16: bool = False
+    compiled: bool = False
+    recompute: bool = False
+
+
+def ladder(device: torch.device) -> list[Form]:
+    """The released way, then each step added in turn."""
+    forms = [
+        Form(name="released way", released=True, frozen=False, structured=False),
+        Form(name="extractor without gradients", released=True, structured=False),
+        Form(name="our direct form", structured=False),
+        Form(name="structured condition"),
+        Form(name="cached features", cached=True),
+        Form(name="channels-last", cached=True, channels_last=True),
+        Form(name="fused optimiser", cached=True, channels_last=True, fused=True),
+    ]
+    if has_bfloat16(device):
+        forms.append(replace(forms[-1], name="bf16 autocast", bf16=True))
+    best = forms[-1]
+    return [
+        *forms,
+        replace(best, name="compiled flows", compiled=True),
+        replace(best, name="activations computed again", recompute=True),
+    ]
+
+
+def ends(forms: list[Form]) -> list[Form]:
+    """The released way, our best form, and that with less memory."""
+    ours = [form for form in forms if form.fused and not form.compiled]
+    return [forms[0], replace(ours[-2], name="ours"), ours[-1]]
+
+
+def for_inference(forms: list[Form]) -> list[Form]:
+    """From images, without what only training knows; the last one once more from cached features."""
+    different: dict[Form, Form] = {}
+    for form in forms:
+        plain = replace(form, cached=False, fused=False, recompute=False)
+        different.setdefault(replace(plain, name=""), plain)
+    *others, last = different.values()
+    return [*others, last, replace(last, name="cached features", cached=True)]
+
+
+class Clock:
+    """Sums what `now` counts (seconds or FLOPs) by part, from mark to mark."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now, self.last = now, now()
+        self.parts = dict.fromkeys(PARTS, 0.0)
+
+    def mark(self, part: str) -> None:
+        now = self.now()
+        self.parts[part] += now - self.last
+        self.last = now
+
+
+class Bench:
+    """One model, extractor and batch of images for all forms, and how each form computes with them."""
+
+    def __init__(self, size: str, batch: int, device: torch.device, *, cpu_time: bool = False, **changes: Any) -> None:
+        self.cpu_time = cpu_time
+        changes |= {"pretrained": False, "weights": None, "memory": 0}  # the released way has no memory
+        config = make_config(PRESETS[size], **changes)
+        self.config, self.device, self.side = config, device, config.data.input_size
+        torch.manual_seed(config.run.seed)
+        self.extractor = FrozenExtractor(config.model.extractor, input_size=self.side, pretrained=False).to(device)
+        self.model = VQFlow(config.model, self.extractor.channels, self.extractor.strides).to(device)
+        self.released = ReleasedForward(self.model)
+        self.images = torch.randn(batch, 3, self.side, self.side, device=device)
+        self.masks = torch.zeros(batch, self.side, self.side, dtype=torch.bool)
+        self.masks[::2, self.side // 4 : self.side // 3, self.side // 4 : self.side // 2] = True
+        with torch.no_grad():
+            self.features = self.extract()
+        self.clock = Clock(time.perf_counter)
+        self.form = Form(name="")
+        for hierarchy in (self.model.hierarchy, self.released.hierarchy):
+            hierarchy.register_forward_hook(self._after_hierarchy)
+        self.model.fusion.register_forward_pre_hook(self._before_fusion)
+        self.model.fusion.register_forward_hook(lambda *_: self.clock.mark("fusion"))
+
+    def use(self, form: Form) -> None:
+        """Bring the model into a form, with a fresh optimiser."""
+        self.form, model = form, self.model
+        layout = torch.channels_last if form.channels_last else torch.contiguous_format
+        for module in (model, self.extractor):
+            module.to(memory_format=layout)  # type: ignore[call-overload]
+        self.images = self.images.contiguous(memory_format=layout)
+        self.features = [f.contiguous(memory_format=layout) for f in self.features]
+        self.extractor.requires_grad_(not form.frozen)
+        model.hierarchy.direct, model.recompute = not form.structured, form.recompute
+        for flow in model.level_flows:
+            for block in flow.blocks:
+                block.couple, block.subnet.activate = couple, activate
+        if form.compiled:
+            model.compile_flows()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        kind = torch.optim.Adam if form.released else torch.optim.AdamW
+        self.optimizer = kind(trained, lr=0.0, fused=form.fused)
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()  # allocates its state
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def extract(self) -> list[Tensor]:
+        """Pooled features of the images, gradients as they are on."""
+        maps = self.extractor.net(self.images)
+        if self.extractor._channels_last:
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        return pool_features(maps, self.extractor.strides, self.config.model.pool_type)
+
+    def _features(self) -> list[Tensor]:
+        if self.form.cached:
+            return self.features
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.form.frozen):
+            features = [f.float() for f in self.extract()]
+        if features[0].requires_grad:
+            features[0].register_hook(lambda _: self.clock.mark("condition"))
+        self.clock.mark("extractor")
+        return features
+
+    def train_step(self) -> float:
+        """One step; the loss."""
+        self.model.train()
+        self.released.hierarchy.train()
+        with autocast(self.device, self.form.bf16):
+            features = self._features()
+            if self.form.released:
+                loss = self.released(features)[0]
+            else:
+                loss = loss_terms(self.model.forward_pooled(features), 1.0).total
+        self.clock.mark("fusion")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.clock.mark("condition" if self.form.frozen else "extractor")
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
+        self.optimizer.step()
+        self.clock.mark("optimizer")
+        for p in self.extractor.parameters():
+            p.grad = None
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def infer(self) -> float:
+        """Images -> maps, image scores and metrics."""
+        self.model.eval()
+        self.released.hierarchy.eval()
+        with autocast(self.device, self.form.bf16):
+            features = self._features()
+            if self.form.released:
+                latents, local = self.released(features)[1], None
+            else:
+                output = self.model.forward_pooled(features)
+                latents, local = output.latents, output.local_log_det
+        self.clock.mark("fusion")
+        maps = score_maps(latents, self.side, local)
+        labels, scores = self.masks.flatten(1).any(1).long(), image_scores(maps.mul)
+        if self.form.released:
+            result = thresholded_aupro(maps.mul.cpu().numpy(), self.masks.numpy())
+        else:
+            accumulator = ClassAccumulator()
+            accumulator.update(labels=labels, scores=scores, masks=self.masks, maps=maps.add, pro_maps=maps.mul)
+            result = accumulator.compute().aupro
+        self.clock.mark("metrics")
+        return result
+
+    def _after_hierarchy(self, _: nn.Module, __: Any, out: Any) -> None:
+        self.clock.mark("condition")
+        for level, condition in enumerate(out.maps):
+            tensor = condition.codes.through if condition.codes else condition.map
+            if tensor.requires_grad:
+                part = "flows" if level < 3 else "fusion"
+                tensor.register_hook(lambda _, part=part: self.clock.mark(part))
+
+    def _before_fusion(self, _: nn.Module, args: Any) -> None:
+        self.clock.mark("flows")
+        for latent in args[0]:
+            if latent.requires_grad:
+                latent.register_hook(lambda _: self.clock.mark("fusion"))
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if self.cpu_time else time.perf_counter()
+
+    def timed(self, work: Callable[[], float]) -> dict[str, float]:
+        """Seconds by part."""
+        self.clock = Clock(self.now)
+        work()
+        parts, self.clock = self.clock.parts, Clock(self.now)  # what runs untimed next does not count
+        return parts
+
+    def counted(self, work: Callable[[], float]) -> dict[str, float]:
+        """FLOPs by part, by PyTorch's counter."""
+        with FlopCounterMode(display=False) as counter:
+            self.clock = Clock(lambda: float(counter.get_total_flops()))
+            work()
+        return self.clock.parts
