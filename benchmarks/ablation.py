@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -24,20 +23,21 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import build_datasets
-from default import Config
+from default import Config, UsageError
+from main import parse
 from models.memory import VIEWS
 from models.vqflow import VQFlowOutput
 from stage import Stage, load_model, settled_config
 from test import by_class, forward
+from train import run_training
 from utils.checkpoint import read_checkpoint
-from utils.metrics import METRICS, ClassAccumulator, ClassResult, mean_results
+from utils.metrics import METRICS, ClassAccumulator, mean_results
+from utils.runs import resumed_run
 from utils.scoring import image_scores, score_maps
 from utils.tables import TITLES
 
-ROOT = Path(__file__).resolve().parents[1]
 FLOWS = (0, 1, 2)
 MEMORY = tuple(range(3, 3 + len(VIEWS)))
-RECIPE = "recipe"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Reading:
 
 
 READINGS = {
-    RECIPE: Reading((*FLOWS, *MEMORY)),
+    "recipe": Reading((*FLOWS, *MEMORY)),
     "image score: top 3 % instead of 0.1 %": Reading((*FLOWS, *MEMORY), top_k=0.03),
     "flow alone": Reading(FLOWS),
     "memory alone": Reading(MEMORY),
@@ -85,14 +85,19 @@ TRAINED = {
 
 
 def trained(flags: list[str], name: str, seed: int, args: argparse.Namespace) -> Path:
-    """The run folder of a variant, trained if it is not there yet."""
-    folder = Path(args.work_dir) / f"{name}-seed{seed}"
-    if not (folder / "results.json").is_file():
-        command = [
-            sys.executable, "main.py", "--preset", args.preset, "--dataset", "folder", "--data-path", args.data_path,
-            "--seed", str(seed), "--name", name, "--work-dir", args.work_dir, "--no-report", "--pictures", "0", *flags,
-        ]  # fmt: skip
-        subprocess.run([*command, *args.flags], cwd=ROOT, check=True)
+    """The run folder of a variant, trained unless a whole run of the same settings is there.
+
+    Raises:
+        UsageError: a run of that name has other settings.
+    """
+    words = [
+        "--preset", args.preset, "--dataset", "folder", "--data-path", args.data_path, "--seed", str(seed),
+        "--name", name, "--work-dir", args.work_dir, "--no-report", "--pictures", "0", "--resume", *flags, *args.flags,
+    ]  # fmt: skip
+    config = parse(words)[0]
+    folder = resumed_run(config)
+    if folder is None or not (folder / "results.json").is_file():
+        folder = run_training(config)
     return folder
 
 
@@ -106,7 +111,7 @@ def seconds_of(folder: Path) -> float:
 def figures_of(folder: Path) -> dict[str, float]:
     """What the run itself measured."""
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return {metric: found["mean"][metric] for metric in METRICS}
+    return found["mean"]
 
 
 @torch.no_grad()
@@ -129,13 +134,8 @@ def readings_of(folder: Path, chosen: dict[str, Reading], work_dir: str) -> dict
                     labels=batch.label[own], scores=scores[own], masks=batch.mask[own], maps=pixel[own],
                     pro_maps=pro[own],
                 )  # fmt: skip
-    return {title: means(lambda i, rows=rows: rows[i].compute(), names) for title, rows in found.items()}
-
-
-def means(result: Callable[[int], ClassResult], names: Sequence[str]) -> dict[str, float]:
-    """Each metric's mean over the classes."""
-    total = mean_results({name: result(i) for i, name in enumerate(names)})
-    return {metric: getattr(total, metric) for metric in METRICS}
+    computed = {title: dict(zip(names, (a.compute() for a in rows), strict=True)) for title, rows in found.items()}
+    return {title: asdict(mean_results(classes)) for title, classes in computed.items()}
 
 
 def row(title: str, found: list[dict[str, float]], seconds: list[float]) -> str:
@@ -147,15 +147,8 @@ def row(title: str, found: list[dict[str, float]], seconds: list[float]) -> str:
     return f"| {title} | {' | '.join(cells)} | {mean(seconds):.0f} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data-path", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--preset", default="accurate")
-    parser.add_argument("--work-dir", default="work_dirs/ablation-accurate")
-    parser.add_argument("--only", nargs="+", choices=[*READINGS, *TRAINED], metavar="ROW", help="default: all rows")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of main.py, come last")
-    args = parser.parse_args()
+def print_table(args: argparse.Namespace) -> None:
+    """One row after the other, as they are ready."""
     wanted = args.only or [*READINGS, *TRAINED]
     print(f"| {args.preset} | " + " | ".join(TITLES[m] for m in METRICS) + " | training s |")
     print("|---|" + "---|" * (len(METRICS) + 1), flush=True)
@@ -170,6 +163,21 @@ def main() -> None:
             name = "".join(c if c.isalnum() else "-" for c in title)
             folders = [trained(flags, name, seed, args) for seed in args.seeds]
             print(row(title, [figures_of(f) for f in folders], [seconds_of(f) for f in folders]), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-path", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--preset", default="accurate")
+    parser.add_argument("--work-dir", default="work_dirs/ablation-accurate")
+    parser.add_argument("--only", nargs="+", choices=[*READINGS, *TRAINED], metavar="ROW", help="default: all rows")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of main.py, come last")
+    args = parser.parse_args()
+    try:
+        print_table(args)
+    except UsageError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -245,8 +245,11 @@ def lookup(entry: Any, path: tuple[str, ...]) -> Any:
 
 
 def training_panels(training: Training) -> list[tuple[str, Markup]]:
-    """Loss, learning rate and every metric over the meta epochs."""
-    wanted = [("Loss, nats per image", ("train", "loss")), ("Learning rate", ("train", "lr"))]
+    """Loss, learning rate, likelihood of held-out images and every metric over the meta epochs."""
+    wanted = [
+        ("Loss, nats per image", ("train", "loss")), ("Learning rate", ("train", "lr")),
+        ("Bits per dimension, held-out images", ("held_out", "bits_per_dim")),
+    ]  # fmt: skip
     metrics = [(TITLES[m], ("test", m)) for m in COLUMNS if m in METRICS]
     return panels(training, wanted) + panels(training, metrics, factor=100)
 

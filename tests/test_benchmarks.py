@@ -1,0 +1,70 @@
+"""The benchmarks: what they compare and count, and the ablation on a tiny tree."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ablation
+from benchmarks.forms import Bench, Form, ends, for_inference, ladder
+from benchmarks.throughput import check_agreement
+from fake_data import TINY, make_mvtec
+
+CPU = torch.device("cpu")
+
+
+def test_inference_compares_what_differs_without_training() -> None:
+    plain = [form for form in ladder(CPU) if not form.compiled and not form.bf16]
+    assert [form.name for form in for_inference(plain)] == [
+        "released way", "extractor without gradients", "our direct form", "structured condition", "channels-last",
+        "cached features",
+    ]  # fmt: skip
+    assert [form.name for form in for_inference(ends(ladder(CPU)))] == ["released way", "ours", "cached features"]
+    assert not any(form.cached for form in for_inference(plain)[:-1])
+
+
+def test_parts_belong_to_the_timed_work_alone() -> None:
+    bench = Bench("small", 2, CPU, input_size=64)
+    check_agreement(bench)
+    bench.use(Form(name="", cached=True))
+    parts = bench.timed(bench.infer)
+    before = dict(parts)
+    bench.use(Form(name=""))
+    bench.infer()
+    assert parts == before
+    assert parts["extractor"] == 0 < parts["flows"]
+    assert bench.timed(bench.train_step)["extractor"] > 0
+
+
+def test_ablation_trains_reads_and_uses_runs_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_mvtec(tmp_path / "data")
+    rows = ["recipe", "memory alone", "no position encoding"]
+    words = [
+        "--data-path",
+        str(tmp_path / "data"),
+        "--work-dir",
+        str(tmp_path / "work"),
+        "--seeds",
+        "1",
+        "--only",
+        *rows,
+    ]
+
+    def table(*flags: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["ablation.py", *words, "--flags", *TINY, "--pictures", "0", *flags])
+        ablation.main()
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+
+    first = table()
+    assert [line.split(" | ")[0] for line in first[2:]] == [f"| {row}" for row in rows]
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").glob("*/last.pt")}
+    assert len(files) == 2
+    assert table() == first
+    assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "work").glob("*/last.pt")}
+    with pytest.raises(SystemExit) as left:
+        table("--lr", "0.01")
+    assert left.value.code == 2
+    assert "was made with lr" in capsys.readouterr().err
