@@ -89,8 +89,8 @@ class VQFlow(nn.Module):
         )
         self.fusion = FusionFlow(channels=channels[:LEVELS], condition=sizes[-1], clamp=config.clamp)
         self.memory = Memory(channels=channels) if config.memory else None
-        self.weights = [1.0] * LEVELS + ([view.weight for view in VIEWS] if self.memory is not None else [])
-        opinions = len(self.weights)
+        self.opinion_weights = [1.0] * LEVELS + ([view.weight for view in VIEWS] if self.memory is not None else [])
+        opinions = len(self.opinion_weights)
         self.surprise_mean: Tensor
         self.surprise_std: Tensor
         self.register_buffer("surprise_mean", torch.zeros(opinions))
@@ -153,7 +153,7 @@ class VQFlow(nn.Module):
         opinions = [0.5 * z.float().square().mean(1) for z in latents]
         if self.memory is not None:
             opinions += self.memory(self.standardize(pooled))
-        rows = zip(opinions, self.surprise_mean, self.surprise_std, self.weights, strict=True)
+        rows = zip(opinions, self.surprise_mean, self.surprise_std, self.opinion_weights, strict=True)
         return tuple((found - mean) / std * weight for found, mean, std, weight in rows)
 
     @torch.no_grad()
@@ -166,13 +166,13 @@ class VQFlow(nn.Module):
         self.eval()
         self.surprise_mean.zero_()
         self.surprise_std.fill_(1.0)
-        sums, squares, counts = (torch.zeros(len(self.weights), dtype=torch.float64) for _ in range(3))
+        sums, squares, counts = (torch.zeros(len(self.opinion_weights), dtype=torch.float64) for _ in range(3))
         nll: list[Tensor] = []
         for pooled in batches:
             output = self.forward_pooled(pooled)
             nll.append(output.nll.cpu().double() / output.dims)
             for i, found in enumerate(output.surprise):
-                values = (found / self.weights[i]).cpu().double()  # some devices have no double precision
+                values = (found / self.opinion_weights[i]).cpu().double()  # some devices have no double precision
                 sums[i] += values.sum()
                 squares[i] += values.square().sum()
                 counts[i] += values.numel()
