@@ -25,7 +25,7 @@ VISA_CLASSES = (
 )  # fmt: skip
 DATASETS = ("mvtec", "visa", "folder", "sample")
 PUBLISHED = ("mvtec", "visa")  # data sets that others have published figures of
-SCORES = ("mul", "add", "likelihood", "surprise")
+SCORES = ("mul", "add", "likelihood", "surprise", "contrast")
 
 
 class UsageError(ValueError):
@@ -89,7 +89,7 @@ class DataConfig(Part):
     holdout: float = option(
         0.0,
         "share of the training images of each class that is not trained on, but says what scores unseen normal images "
-        "have (--*-score surprise, the report's threshold)",
+        "have (--*-score surprise and contrast, the report's threshold)",
         low=0.0,
         high=0.5,
     )
@@ -140,7 +140,7 @@ class ModelConfig(Part):
     )
     memory: int = option(
         0,
-        "training images whose features are kept as a second opinion for --*-score surprise; 0: none",
+        "training images whose features are kept as a second opinion for --*-score surprise and contrast; 0: none",
         low=0,
         high=1 << 20,
     )
@@ -340,7 +340,7 @@ _SMALL = _METHOD | {
     "extractor": "tf_efficientnet_lite0", "input_size": 256, "dim_cpc": 64, "k_cpc": 16, "k_cspc": 128,
     "c_pos_conds": (16,), "lr": 3e-4, "schedule": "cosine", "warmup": 0.1, "noise": 0.3, "weight_decay": 0.01,
     "meta_epochs": 3, "memory": 1000, "holdout": 0.05, "top_k": 0.001,
-    "image_score": "surprise", "pixel_score": "surprise", "pro_score": "surprise",
+    "image_score": "surprise", "pixel_score": "contrast", "pro_score": "contrast",
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-mvtec": _PAPER | {"dataset": "mvtec"},

@@ -104,7 +104,7 @@ def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def absolute_map(config: EvalConfig) -> str:
     """The map to show: the pixel metrics' own if images can be compared by it, else the likelihood."""
-    return "surprise" if config.pixel_score == "surprise" else "likelihood"
+    return config.pixel_score if config.pixel_score in ("surprise", "contrast") else "likelihood"
 
 
 def look_at(stage: Stage, model: VQFlow, dataset: ImageFolder) -> Look:

@@ -38,19 +38,21 @@ from utils.tables import TITLES
 
 FLOWS = (0, 1, 2)
 MEMORY = tuple(range(3, 3 + len(VIEWS)))
+OPINION_WEIGHTS = (1.0, 1.0, 1.0, *(view.weight for view in VIEWS))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Which opinions a score is the sum of, or which published maps image, pixel and AUPRO scores are."""
+    """Which opinions a score is made of, and which maps image, pixel and AUPRO scores are."""
 
     opinions: Sequence[int] = ()
-    maps: tuple[str, str, str] = ("surprise",) * 3
+    maps: tuple[str, str, str] = ("surprise", "contrast", "contrast")
     top_k: float = 0.001
 
     def read(self, output: VQFlowOutput, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Image scores (B,), pixel map and AUPRO map (B, size, size)."""
-        chosen = tuple(output.surprise[i] for i in self.opinions)
+        share = sum(OPINION_WEIGHTS[i] for i in self.opinions) / sum(OPINION_WEIGHTS)
+        chosen = tuple(output.surprise[i] / share for i in self.opinions)
         maps = score_maps(output.latents, size, output.local_log_det, chosen)
         image, pixel, pro = (getattr(maps, name) for name in self.maps)
         return image_scores(image, self.top_k), pixel, pro
@@ -59,6 +61,7 @@ class Reading:
 READINGS = {
     "recipe": Reading((*FLOWS, *MEMORY)),
     "image score: top 3 % instead of 0.1 %": Reading((*FLOWS, *MEMORY), top_k=0.03),
+    "pixel scores: surprise instead of contrast": Reading((*FLOWS, *MEMORY), maps=("surprise",) * 3),
     "flow alone": Reading(FLOWS),
     "memory alone": Reading(MEMORY),
     "without the memory's finest view": Reading((*FLOWS, *MEMORY[1:])),

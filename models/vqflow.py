@@ -26,7 +26,7 @@ class VQFlowOutput:
         log_det: (B,) log-determinant of the whole transformation.
         local_log_det: three maps (B, H_l, W_l): each level's share of `log_det`, by place.
         surprise: maps (B, h, w), one per level and one per view of the memory if there is one, in deviations from
-            what calibration images have, times its weight; none while training.
+            what calibration images have, times its weight (the weights' sum is 1); none while training.
         commitment: scalar, sum over the codebooks.
         concept: (B,) index of the concept, or None without codebooks.
         patterns: four index maps (B, H_l, W_l), or none.
@@ -89,8 +89,9 @@ class VQFlow(nn.Module):
         )
         self.fusion = FusionFlow(channels=channels[:LEVELS], condition=sizes[-1], clamp=config.clamp)
         self.memory = Memory(channels=channels) if config.memory else None
-        self.opinion_weights = [1.0] * LEVELS + ([view.weight for view in VIEWS] if self.memory is not None else [])
-        opinions = len(self.opinion_weights)
+        weights = [1.0] * LEVELS + ([view.weight for view in VIEWS] if self.memory is not None else [])
+        self.opinion_weights = [weight / sum(weights) for weight in weights]
+        opinions = len(weights)
         self.surprise_mean: Tensor
         self.surprise_std: Tensor
         self.register_buffer("surprise_mean", torch.zeros(opinions))

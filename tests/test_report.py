@@ -111,7 +111,7 @@ def noise(numbers: Any) -> Views:
     maps = torch.from_numpy(rng.normal(size=(count, side, side)))
     return Views(
         images=rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8), masks=maps.numpy() > 2.5,
-        maps=ScoreMaps(mul=maps, add=maps, likelihood=maps, surprise=maps), absolute="likelihood",
+        maps=ScoreMaps(mul=maps, add=maps, likelihood=maps, surprise=maps, contrast=maps), absolute="likelihood",
         scores=rng.normal(size=count),
     )  # fmt: skip
 

@@ -46,6 +46,17 @@ def test_maps_by_hand() -> None:
         np.testing.assert_allclose(maps.likelihood[b], -density, atol=1e-5)
 
 
+@pytest.mark.parametrize("height", [1.0, 9.0])
+def test_contrast_takes_a_part_of_the_level_of_normal_images_off(height: float) -> None:
+    torch.manual_seed(0)
+    opinions = [torch.rand(2, 10, 10)]
+    opinions[0][1] *= height
+    maps = score_maps([torch.zeros(2, 1, 10, 10)] * 3, 10, surprise=opinions)
+    level = min(float(opinions[0][1].max()), 2.5)  # one pixel in a hundred
+    torch.testing.assert_close(maps.contrast[1], maps.surprise[1] - 0.3 * level)
+    torch.testing.assert_close(maps.surprise, opinions[0])
+
+
 def test_likelihood_is_absolute_and_the_published_maps_are_not() -> None:
     torch.manual_seed(0)
     quiet = [torch.randn(1, 4, 8, 8) * 0.1 for _ in range(3)]
