@@ -74,7 +74,7 @@ PUBLISHED = ["--image-score", "mul", "--pixel-score", "add", "--pro-score", "mul
 TRAINED = {
     "features pooled for the flow": ["--pool-type", "avg"],
     "no noise, no weight decay": ["--noise", "0", "--weight-decay", "0"],
-    "half the training": ["--meta-epochs", "1"],
+    "one meta epoch": ["--meta-epochs", "1"],
     "learning rate 1e-4": ["--lr", "1e-4"],
     "released codebooks": ["--codebooks", "released"],
     "no codebooks": ["--no-quantize-enable", "--no-mixed-gaussian"],
