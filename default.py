@@ -348,7 +348,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "released": _PAPER | {"objective": "released", "codebooks": "released", "schedule": "released"},
     "cpu": _SMALL | {"eval_interval": 3},
     "accurate": _SMALL | {"pool_type": "none", "meta_epochs": 2, "eval_interval": 2},
-    "sample": _SMALL | {"dataset": "sample"},
+    "sample": _SMALL | {"dataset": "sample", "meta_epochs": 2, "eval_interval": 2},
 }
 
 
