@@ -16,7 +16,7 @@ ABLATION_RUNS = $(foreach name,plain cpc cpc-naive cpc-residual cpc-residual-pos
 .PHONY: help setup demo paper-mvtec paper-visa ablation benchmark-metrics test lint types check clean
 
 help:
-	@echo "make demo    train and evaluate on the built-in sample (about 4 minutes on 2 cores)"
+	@echo "make demo    train and evaluate on the built-in sample (about 3 minutes on 2 cores once installed)"
 	@echo "make paper-mvtec, make paper-visa, make ablation    train, evaluate and write a table of the paper;"
 	@echo "             flags in ARGS, for example ARGS='--seeds 1 2 3'"
 	@echo "make test    run the test suite"
