@@ -30,7 +30,7 @@ from utils.published import comparison_rows
 from utils.report import ClassPage, Curves, class_page, curves_of, report_run
 from utils.results import Results, write_results
 from utils.runs import new_run, write_config
-from utils.scoring import ScoreMaps, image_scores, score_maps
+from utils.scoring import ABSOLUTE, ScoreMaps, image_scores, score_maps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def absolute_map(config: EvalConfig) -> str:
     """The map to show: the pixel metrics' own if images can be compared by it, else the likelihood."""
-    return config.pixel_score if config.pixel_score in ("surprise", "contrast") else "likelihood"
+    return config.pixel_score if config.pixel_score in ABSOLUTE else "likelihood"
 
 
 def look_at(stage: Stage, model: VQFlow, dataset: ImageFolder) -> Look:

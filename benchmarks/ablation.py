@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -38,7 +39,6 @@ from utils.tables import TITLES
 
 FLOWS = (0, 1, 2)
 MEMORY = tuple(range(3, 3 + len(VIEWS)))
-OPINION_WEIGHTS = (1.0, 1.0, 1.0, *(view.weight for view in VIEWS))
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Reading:
     maps: tuple[str, str, str] = ("surprise", "contrast", "contrast")
     top_k: float = 0.001
 
-    def read(self, output: VQFlowOutput, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Image scores (B,), pixel map and AUPRO map (B, size, size)."""
-        share = sum(OPINION_WEIGHTS[i] for i in self.opinions) / sum(OPINION_WEIGHTS)
+    def read(self, output: VQFlowOutput, weights: Sequence[float], size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Image scores (B,), pixel map and AUPRO map (B, size, size); `weights` are the model's of its opinions."""
+        share = sum(weights[i] for i in self.opinions)
         chosen = tuple(output.surprise[i] / share for i in self.opinions)
         maps = score_maps(output.latents, size, output.local_log_det, chosen)
         image, pixel, pro = (getattr(maps, name) for name in self.maps)
@@ -100,7 +100,8 @@ def trained(flags: list[str], name: str, seed: int, args: argparse.Namespace) ->
     config = parse(words)[0]
     folder = resumed_run(config)
     if folder is None or not (folder / "results.json").is_file():
-        folder = run_training(config)
+        with redirect_stdout(sys.stderr):  # our table is all that stands on stdout
+            folder = run_training(config)
     return folder
 
 
@@ -131,7 +132,7 @@ def readings_of(folder: Path, chosen: dict[str, Reading], work_dir: str) -> dict
     for batch in stage.test_features(test_set).epoch(0):
         output = forward(model, batch.features)
         for title, reading in chosen.items():
-            scores, pixel, pro = reading.read(output, config.score_size)
+            scores, pixel, pro = reading.read(output, model.opinion_weights, config.score_size)
             for index, own in by_class(batch.class_index):
                 found[title][index].update(
                     labels=batch.label[own], scores=scores[own], masks=batch.mask[own], maps=pixel[own],

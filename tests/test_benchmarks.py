@@ -56,7 +56,7 @@ def test_ablation_trains_reads_and_uses_runs_again(
     def table(*flags: str) -> list[str]:
         monkeypatch.setattr(sys, "argv", ["ablation.py", *words, "--flags", *TINY, "--pictures", "0", *flags])
         ablation.main()
-        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        return capsys.readouterr().out.splitlines()
 
     first = table()
     assert [line.split(" | ")[0] for line in first[2:]] == [f"| {row}" for row in rows]

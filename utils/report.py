@@ -18,6 +18,7 @@ from utils.gallery import Calibration, ImageResult, Look, Picture, f1_threshold,
 from utils.log import read_lines
 from utils.metrics import METRICS, NAN, ClassAccumulator, ClassResult, Curve, mean_results
 from utils.plots import ramp
+from utils.scoring import ABSOLUTE
 from utils.tables import COLUMNS, MEAN, TITLES, percent, values
 
 PAGE = Path(__file__).parent / "report_page"
@@ -143,6 +144,7 @@ def content(report: Report) -> dict[str, Any]:
         "concepts": concept_matrix(report.classes), "kinds": gallery.KINDS,
         "scale": {"hot": gallery.HOT, "quantile": gallery.PIXEL_QUANTILE, "stops": ramp()[::51].tolist()},
         "holdout": report.config["data"]["holdout"], "pixel_score": report.config["eval"]["pixel_score"],
+        "absolute": ABSOLUTE,
         "quantile": gallery.QUANTILE, "calibrated": max(p.calibration.count for p in report.classes.values()),
     }  # fmt: skip
 

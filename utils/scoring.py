@@ -28,6 +28,8 @@ class ScoreMaps:
     contrast: Tensor
 
 
+ABSOLUTE = ("likelihood", "surprise", "contrast")  # maps by which images can be compared
+
 LEVEL_SHARE = 0.01  # pixels whose mean is an image's level
 LEVEL_WEIGHT = 0.3  # what contrast takes off of it
 LEVEL_LIMIT = 2.5  # deviations; normal images are seldom above (EXPERIMENTS.md), and what is above is a defect's
