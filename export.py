@@ -1,4 +1,4 @@
-"""A trained model as one ONNX file: normalised images in, score map and image score out."""
+"""A trained model as one ONNX file: images in [0, 1] in, score map and image score out."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from default import Config, EvalConfig, UsageError
 from models.hierarchy import position_encoding
 from models.vqflow import VQFlow
-from stage import Stage, find_checkpoints, load_model, settled_config
-from utils.checkpoint import read_checkpoint
-from utils.log import optional
+from stage import Stage, find_checkpoints, load_model, normalization_of, settled_config
+from utils.run.checkpoint import read_checkpoint
+from utils.run.log import optional
 from utils.scoring import image_scores, score_maps
 
 TOLERANCE = 1e-3  # of the highest score
 
 
 class Detector(nn.Module):
-    """Images (B, 3, S, S), RGB in [0, 1] less ImageNet's mean over its deviation -> map (B, H, H) and score (B,)."""
+    """Images (B, 3, S, S), RGB in [0, 1] -> map (B, H, H) and score (B,)."""
 
     def __init__(self, extractor: nn.Module, model: VQFlow, config: EvalConfig, size: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def run_export(config: Config, chosen: dict[str, Any]) -> Path:
     own = settled_config(content, config, chosen, str(paths[0]))
     # Lookups in tables of products speed up our own code; an ONNX runtime is best at plain convolutions.
     own = replace(own, model=replace(own.model, conditioning="direct"), run=replace(own.run, device="cpu"))
-    stage = Stage(own)
+    stage = Stage(own, normalization_of(content))
     detector = Detector(stage.extractor, load_model(content, stage, str(paths[0])), own.eval, own.score_size).eval()
     target = paths[0].with_name("model.onnx")
     write_onnx(detector, target, own.data.input_size)
@@ -78,6 +78,6 @@ def write_onnx(detector: Detector, target: Path, size: int) -> None:
 @torch.no_grad()
 def deviation(detector: Detector, session: Any, size: int) -> float:
     """Largest difference of maps and scores of three random images, as a share of the highest."""
-    image = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     pairs = zip(session.run(None, {"image": image.numpy()}), detector(image), strict=True)
     return max(float(np.abs(a - b.numpy()).max() / np.abs(b.numpy()).max().clip(1e-12)) for a, b in pairs)

@@ -139,7 +139,7 @@ def run(argv: Sequence[str]) -> None:
 
         for_each_seed(config, run_training)
     elif config.run.mode == "table":
-        from utils.gather import gather_runs
+        from utils.report.gather import gather_runs
 
         print(gather_runs(config))
     elif config.run.mode == "export":
@@ -158,7 +158,7 @@ def for_each_seed(config: Config, train: Callable[[Config], Path]) -> None:
         train(config)
         return
     folders = [train(replace(config, run=replace(config.run, seed=s, seeds=()))) for s in config.run.seeds]
-    from utils.gather import summarize_seeds
+    from utils.report.gather import summarize_seeds
 
     print(summarize_seeds(config, folders))
 

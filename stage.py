@@ -17,13 +17,13 @@ from datasets.features import CachedFeatures, LiveFeatures
 from datasets.folder import ImageFolder
 from datasets.loaders import resolve_workers, test_loader, train_loader
 from default import Config, ModelConfig, UsageError, flag_of, from_dict, make_config, to_dict
-from models.extractor import FrozenExtractor
+from models.extractor import IMAGENET, FrozenExtractor, Normalization
 from models.official import is_official, load_official, load_strictly
 from models.vqflow import VQFlow, pool_features
-from utils.checkpoint import FORMAT
-from utils.device import autocast, check_compiler, has_bfloat16, resolve_device
-from utils.runs import check_writable
-from utils.seed import seed_everything
+from utils.run.checkpoint import FORMAT
+from utils.run.device import autocast, check_compiler, has_bfloat16, resolve_device
+from utils.run.folders import check_writable
+from utils.run.seed import seed_everything
 
 Source = LiveFeatures | CachedFeatures
 
@@ -31,11 +31,14 @@ Source = LiveFeatures | CachedFeatures
 class Stage:
     """The device and the frozen extractor of a configuration, and features of images by them.
 
+    Args:
+        normalization: mean and deviation that a checkpoint's model saw; default: the extractor's own.
+
     Raises:
         UsageError: the device or the extractor's weights are not there, or the work folder cannot be written.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, normalization: Normalization | None = None) -> None:
         self.config, self.device = config, resolve_device(config.run.device)
         if config.train.amp_enable and not has_bfloat16(self.device):
             print(f"--amp-enable: this {self.device.type} has no units for bfloat16; computing in float32")
@@ -45,7 +48,11 @@ class Stage:
         seed_everything(config.run.seed)  # for an extractor with random weights
         model = config.model
         self.extractor = FrozenExtractor(
-            model.extractor, input_size=config.data.input_size, weights=model.weights, pretrained=model.pretrained
+            model.extractor,
+            input_size=config.data.input_size,
+            weights=model.weights,
+            pretrained=model.pretrained,
+            normalization=normalization,
         ).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.fingerprint = self.extractor.fingerprint()
         self.workers = resolve_workers(config.data.workers, self.device.type)
@@ -181,6 +188,12 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
     return make_config(**values)
 
 
+def normalization_of(content: dict[str, Any]) -> Normalization:
+    """Mean and deviation of the images that a checkpoint's model saw; in version 1.0 they were ImageNet's for all."""
+    mean, std = content.get("normalization", IMAGENET)
+    return tuple(mean), tuple(std)
+
+
 def load_model(content: dict[str, Any], stage: Stage, name: str) -> VQFlow:
     """The model of a checkpoint, in eval mode.
 
@@ -190,7 +203,7 @@ def load_model(content: dict[str, Any], stage: Stage, name: str) -> VQFlow:
     if is_official(content):
         model = load_official(content, stage.config.model, stage.extractor.channels, name=name)
         return stage.placed(model)
-    if content["extractor"] != stage.fingerprint:
+    if content["extractor"] != stage.extractor.fingerprint(normalized="normalization" in content):
         raise UsageError(
             f"--weights: {name} was trained on other weights of {stage.config.model.extractor} than the ones here"
         )

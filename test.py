@@ -15,21 +15,21 @@ from tqdm import tqdm
 from datasets import build_datasets, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
-from datasets.transforms import denormalize
+from datasets.transforms import to_picture
 from default import Config, EvalConfig, to_dict
 from models.vqflow import VQFlow, VQFlowOutput
-from stage import Stage, find_checkpoints, load_model, settled_config
-from utils.bootstrap import bootstrap
-from utils.checkpoint import read_checkpoint
-from utils.concepts import agreement
-from utils.device import autocast
-from utils.gallery import ImageResult, Look, Views, calibrate
+from stage import Stage, find_checkpoints, load_model, normalization_of, settled_config
 from utils.metrics import ClassAccumulator, ClassResult, mean_results
-from utils.plots import save_picture, triptych
-from utils.published import comparison_rows
-from utils.report import ClassPage, Curves, class_page, curves_of, report_run
-from utils.results import Results, write_results
-from utils.runs import new_run, write_config
+from utils.metrics.bootstrap import bootstrap
+from utils.metrics.concepts import agreement
+from utils.metrics.published import comparison_rows
+from utils.report.gallery import ImageResult, Look, Views, calibrate
+from utils.report.page import ClassPage, Curves, class_page, curves_of, report_run
+from utils.report.plots import save_picture, triptych
+from utils.report.results import Results, write_results
+from utils.run.checkpoint import read_checkpoint
+from utils.run.device import autocast
+from utils.run.folders import new_run, write_config
 from utils.scoring import ABSOLUTE, ScoreMaps, image_scores, score_maps
 
 
@@ -117,7 +117,7 @@ def look_at(stage: Stage, model: VQFlow, dataset: ImageFolder) -> Look:
         features = stage.extract(torch.stack([sample.image for sample in samples]).to(stage.device))
         maps = predict(model, features, dataset.input_size, amp=stage.config.train.amp_enable)
         return Views(
-            images=np.stack([denormalize(sample.image) for sample in samples]),
+            images=np.stack([to_picture(sample.image) for sample in samples]),
             masks=torch.stack([sample.mask for sample in samples]).numpy(),
             maps=maps,
             absolute=absolute_map(config),
@@ -224,7 +224,7 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         own = settled_config(content, config, chosen, str(path))
         class_names = resolve_classes(own.data)
         train, test = build_datasets(own.data, class_names, own.score_size)
-        stage = Stage(own)
+        stage = Stage(own, normalization_of(content))
         model = load_model(content, stage, str(path))
         source = stage.test_features(test)
         batches = tqdm(source.epoch(0), total=len(source), desc="evaluation", leave=False)

@@ -22,14 +22,14 @@ from models.official import load_strictly
 from models.vqflow import VQFlow
 from stage import Source, Stage
 from test import EvalResult, evaluate, finish, report_pages, save_pictures
-from utils.checkpoint import read_checkpoint, write_checkpoint
-from utils.device import autocast
-from utils.log import RunLog, optional
-from utils.profile import traced
-from utils.report import ClassPage
-from utils.runs import new_run, resumed_run, write_config
-from utils.schedule import learning_rate
-from utils.seed import random_state, restore_random_state
+from utils.report.page import ClassPage
+from utils.run.checkpoint import read_checkpoint, write_checkpoint
+from utils.run.device import autocast
+from utils.run.folders import new_run, resumed_run, write_config
+from utils.run.log import RunLog, optional
+from utils.run.profile import traced
+from utils.run.schedule import learning_rate
+from utils.run.seed import random_state, restore_random_state
 
 LAST, BEST = "last.pt", "best_on_test.pt"
 SEED_IMAGES = 512  # images in which the codes are placed at the start
@@ -322,7 +322,11 @@ def own_folder(folder: Path, config: Config, group: tuple[str, ...]) -> Path:
 
 def identity(stage: Stage, group: tuple[str, ...]) -> dict[str, Any]:
     """What a checkpoint belongs to, beside its config."""
-    return {"classes": list(group), "channels": list(stage.extractor.channels), "extractor": stage.fingerprint}
+    mean, std = stage.extractor.normalization
+    return {
+        "classes": list(group), "channels": list(stage.extractor.channels), "normalization": [list(mean), list(std)],
+        "extractor": stage.fingerprint,
+    }  # fmt: skip
 
 
 def saved_state(stage: Stage, group: tuple[str, ...], folder: Path) -> dict[str, Any] | None:

@@ -28,14 +28,14 @@ from default import Config, UsageError
 from main import parse
 from models.memory import VIEWS
 from models.vqflow import VQFlowOutput
-from stage import Stage, load_model, settled_config
+from stage import Stage, load_model, normalization_of, settled_config
 from test import by_class, forward
 from train import run_training
-from utils.checkpoint import read_checkpoint
 from utils.metrics import METRICS, ClassAccumulator, mean_results
-from utils.runs import resumed_run
+from utils.report.tables import TITLES
+from utils.run.checkpoint import read_checkpoint
+from utils.run.folders import resumed_run
 from utils.scoring import image_scores, score_maps
-from utils.tables import TITLES
 
 FLOWS = (0, 1, 2)
 MEMORY = tuple(range(3, 3 + len(VIEWS)))
@@ -124,7 +124,7 @@ def readings_of(folder: Path, chosen: dict[str, Reading], work_dir: str) -> dict
     path = folder / "last.pt"
     content = read_checkpoint(path)
     config: Config = settled_config(content, Config(), {"work_dir": work_dir, "cache": "disk"}, str(path))
-    stage = Stage(config)
+    stage = Stage(config, normalization_of(content))
     model = load_model(content, stage, str(path))
     names = config.data.class_names
     test_set = build_datasets(config.data, names, config.score_size)[1]

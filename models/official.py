@@ -11,7 +11,7 @@ from torch import Tensor
 
 from default import ModelConfig, UsageError
 from models.vqflow import VQFlow
-from utils.checkpoint import read_checkpoint
+from utils.run.checkpoint import read_checkpoint
 
 PARTS = (
     "parallel_flows", "fusion_flow", "semantic_encoder", "semantic_mlp", "upsamplers", "feature_mlps",

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from default import UsageError
-from utils.checkpoint import FORMAT, read_checkpoint, write_checkpoint
-from utils.log import RunLog, read_lines
-from utils.seed import random_state, restore_random_state, seed_everything
+from utils.run.checkpoint import FORMAT, read_checkpoint, write_checkpoint
+from utils.run.log import RunLog, read_lines
+from utils.run.seed import random_state, restore_random_state, seed_everything
 
 
 class Trap:

@@ -6,7 +6,7 @@ import torch
 from default import ModelConfig
 from models.condition import CodePart, Condition, TableCache, VectorPart
 from models.vqflow import VQFlow
-from utils.seed import seed_everything
+from utils.run.seed import seed_everything
 
 CHANNELS = (4, 6, 8, 10)
 MODES = {

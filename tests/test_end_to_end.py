@@ -19,10 +19,10 @@ from fake_data import METHOD, TINY, make_mvtec, make_visa_original, make_visa_re
 from main import main
 from models.official import load_official
 from models.vqflow import VQFlow
-from utils.checkpoint import read_checkpoint, write_checkpoint
-from utils.log import flat, read_lines
 from utils.metrics import METRICS
-from utils.seed import seed_everything
+from utils.run.checkpoint import read_checkpoint, write_checkpoint
+from utils.run.log import flat, read_lines
+from utils.run.seed import seed_everything
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 4

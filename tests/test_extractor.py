@@ -13,7 +13,7 @@ from PIL import Image
 
 from datasets.transforms import load_image
 from default import UsageError
-from models.extractor import PACKAGED, FrozenExtractor, packaged_weights
+from models.extractor import IMAGENET, PACKAGED, FrozenExtractor, packaged_weights
 
 SMALL = "test_resnet"  # timm's own miniature for tests
 
@@ -99,10 +99,30 @@ def test_packaged_weights_are_imagenets(tmp_path: Path) -> None:
     classifier = timm.create_model(PACKAGED, pretrained=False).eval()
     classifier.load_state_dict(state)
     with torch.no_grad():
-        assert int(classifier(image).argmax()) in (281, 282, 285), "tabby, tiger cat or Egyptian cat"
-        expected = classifier.forward_intermediates(image, intermediates_only=True)[-4:]
+        assert int(classifier(2 * image - 1).argmax()) in (281, 282, 285), "tabby, tiger cat or Egyptian cat"
+        expected = classifier.forward_intermediates(2 * image - 1, intermediates_only=True)[-4:]
     for ours, theirs in zip(FrozenExtractor(PACKAGED, input_size=224)(image), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["resnet18", PACKAGED, "test_vit", "convnextv2_atto"])
+def test_normalization_is_the_models_own(name: str) -> None:
+    own = timm.data.resolve_data_config({}, model=timm.create_model(name, pretrained=False))
+    extractor = random(name)
+    assert extractor.normalization == (own["mean"], own["std"])
+    image = torch.rand(1, 3, 64, 64)
+    mean, std = (torch.tensor(own[k])[None, :, None, None] for k in ("mean", "std"))
+    for ours, theirs in zip(extractor(image), extractor.net((image - mean) / std), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_fingerprint_covers_the_normalization() -> None:
+    torch.manual_seed(0)
+    own = random(PACKAGED)
+    torch.manual_seed(0)
+    old = FrozenExtractor(PACKAGED, input_size=64, pretrained=False, normalization=IMAGENET)
+    assert own.fingerprint(normalized=False) == old.fingerprint(normalized=False)
+    assert own.fingerprint() != old.fingerprint()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])

@@ -15,7 +15,7 @@ from models.official import load_strictly
 from models.vqflow import VQFlow
 from tests.test_vqflow import CHANNELS, SMALL, build
 from train import initialize
-from utils.concepts import agreement
+from utils.metrics.concepts import agreement
 from utils.scoring import score_maps
 
 IMAGES = 7

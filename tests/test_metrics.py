@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from skimage.measure import label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from utils import sketch
-from utils.metrics import METRICS, ClassAccumulator, evaluate_maps, mean_results
+from utils.metrics import METRICS, ClassAccumulator, evaluate_maps, mean_results, sketch
 
 
 def exact(truth: np.ndarray, scores: np.ndarray) -> tuple[float, float, float]:

@@ -62,5 +62,5 @@ def test_commands_resolve(command: str, capsys: pytest.CaptureFixture) -> None:
 def test_every_file_is_in_the_tree() -> None:
     tree = README.split("## Files")[1].split("```")[1]
     for folder in (".", "models", "datasets", "utils"):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py"):
             assert path.name == "__init__.py" or path.name in tree, path

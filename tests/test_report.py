@@ -16,12 +16,12 @@ import torch
 from default import make_config, to_dict
 from fake_data import METHOD, TINY, make_mvtec
 from main import main
-from utils import gallery
-from utils.charts import thinned
-from utils.gallery import Calibration, ImageResult, Views, calibrate, f1_threshold, jpeg, outline, pick, spread
 from utils.metrics import NAN, ClassResult, Curve, evaluate_maps
-from utils.plots import heat_overlay
-from utils.report import ClassPage, Curves, Report, class_page, concept_matrix, write_report
+from utils.report import gallery
+from utils.report.charts import thinned
+from utils.report.gallery import Calibration, ImageResult, Views, calibrate, f1_threshold, jpeg, outline, pick, spread
+from utils.report.page import ClassPage, Curves, Report, class_page, concept_matrix, write_report
+from utils.report.plots import heat_overlay
 from utils.scoring import ScoreMaps
 
 CLASSES = ("clean", "nut & bolt", "unmasked")  # the first one has no defects, the third one no masks

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from default import TrainConfig
-from utils.schedule import learning_rate
+from utils.run.schedule import learning_rate
 from utils.scoring import image_scores, score_maps
 
 

@@ -18,9 +18,9 @@ from models.flow import Permutation
 from models.loss import loss_terms
 from models.vqflow import VQFlow
 from train import train_epoch
-from utils.device import autocast, check_compiler, has_bfloat16
-from utils.profile import traced
-from utils.seed import seed_everything
+from utils.run.device import autocast, check_compiler, has_bfloat16
+from utils.run.profile import traced
+from utils.run.seed import seed_everything
 
 CHANNELS = (4, 6, 8, 10)
 CPU = torch.device("cpu")

@@ -15,12 +15,12 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from default import MVTEC_CLASSES, VISA_CLASSES, Config, make_config
 from fake_data import METHOD, TINY, make_mvtec
 from main import main, parse
-from utils.bootstrap import IMAGE_METRICS, bootstrap, drawn_counts, resampled_metrics
-from utils.gather import gather_runs, read_run
 from utils.metrics import METRICS, ClassResult, evaluate_maps
-from utils.published import class_rows, comparison_rows
-from utils.results import Results, result_rows, write_results
-from utils.tables import COLUMNS, Table, latex, markdown, percent
+from utils.metrics.bootstrap import IMAGE_METRICS, bootstrap, drawn_counts, resampled_metrics
+from utils.metrics.published import class_rows, comparison_rows
+from utils.report.gather import gather_runs, read_run
+from utils.report.results import Results, result_rows, write_results
+from utils.report.tables import COLUMNS, Table, latex, markdown, percent
 
 ROOT = Path(__file__).resolve().parents[1]
 NAN = float("nan")

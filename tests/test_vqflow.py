@@ -10,8 +10,8 @@ from models.hierarchy import position_encoding
 from models.loss import loss_terms
 from models.official import load_official
 from models.vqflow import VQFlow, quantization_of
+from utils.run.seed import seed_everything
 from utils.scoring import image_scores, score_maps
-from utils.seed import seed_everything
 
 CHANNELS = (4, 6, 8, 10)
 SMALL = {"dim_cpc": 8, "k_cpc": 4, "k_cspc": 6, "c_pos_conds": (4,), "parallel_blocks": (1, 2, 1)}

@@ -12,16 +12,16 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from utils import gallery
-from utils.charts import SERIES, Points, histogram, line_chart, series_dash, thinned
-from utils.gallery import Calibration, ImageResult, Look, Picture, f1_threshold, pick, take_pictures
-from utils.log import read_lines
 from utils.metrics import METRICS, NAN, ClassAccumulator, ClassResult, Curve, mean_results
-from utils.plots import ramp
+from utils.report import gallery
+from utils.report.charts import SERIES, Points, histogram, line_chart, series_dash, thinned
+from utils.report.gallery import Calibration, ImageResult, Look, Picture, f1_threshold, pick, take_pictures
+from utils.report.plots import ramp
+from utils.report.tables import COLUMNS, MEAN, TITLES, percent, values
+from utils.run.log import read_lines
 from utils.scoring import ABSOLUTE
-from utils.tables import COLUMNS, MEAN, TITLES, percent, values
 
-PAGE = Path(__file__).parent / "report_page"
+PAGE = Path(__file__).parent / "templates"
 MOST_CONCEPTS = 64  # columns of the concept matrix
 CODEBOOKS = {
     "cpc": "concepts", "cspc_0": "patterns, level 1", "cspc_1": "patterns, level 2", "cspc_2": "patterns, level 3",

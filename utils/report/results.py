@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from default import Config, to_dict
-from utils.bootstrap import Intervals
-from utils.concepts import Agreement
-from utils.log import plain
 from utils.metrics import METRICS, NAN, ClassResult, mean_results, nanmean
-from utils.published import class_rows, comparison_rows
-from utils.tables import (
+from utils.metrics.bootstrap import Intervals
+from utils.metrics.concepts import Agreement
+from utils.metrics.published import class_rows, comparison_rows
+from utils.report.tables import (
     BEST,
     COLUMNS,
     MEAN,
@@ -29,6 +28,7 @@ from utils.tables import (
     with_interval,
     write_all,
 )  # fmt: skip
+from utils.run.log import plain
 
 OURS = "this run"
 Best = Mapping[str, Mapping[str, float]]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.sketch import RankSketch, ascending, at_or_above, distinct, selected
+from utils.metrics.sketch import RankSketch, ascending, at_or_above, distinct, selected
 
 NAN = float("nan")
 

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from default import Config, UsageError, to_dict
-from utils.log import plain
 from utils.metrics import METRICS, NAN, nanmean
-from utils.runs import FREE, new_folder, run_name, write_config
-from utils.tables import (
+from utils.report.tables import (
     COLUMNS,
     MEAN,
     Table,
@@ -24,6 +22,8 @@ from utils.tables import (
     with_deviation,
     write_all,
 )  # fmt: skip
+from utils.run.folders import FREE, new_folder, run_name, write_config
+from utils.run.log import plain
 
 # Settings by which two runs do not differ; the seed is looked at apart.
 SAME = FREE | {

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.metrics import NAN
-from utils.plots import heat_overlay
+from utils.report.plots import heat_overlay
 from utils.scoring import ScoreMaps
 
 CALIBRATION_IMAGES = 32  # normal training images per class

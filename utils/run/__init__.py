@@ -1,0 +1,1 @@
+"""What a run needs and leaves: folders, checkpoints, logs, random states, the device."""
