@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets.cache import FeatureSize, cache_key, check_space, make_store, to_half
 from datasets.features import CachedFeatures, LiveFeatures
 from datasets.folder import ImageFolder
-from datasets.loaders import resolve_workers, test_loader, train_loader
-from default import Config, ModelConfig, UsageError, flag_of, from_dict, make_config, to_dict
+from datasets.loaders import ImageLoader, resolve_workers, test_loader, train_loader
+from default import FIXED, Config, UsageError, flag_of, flat, from_dict, make_config, settings_of, shown, to_dict
 from models.extractor import IMAGENET, FrozenExtractor, Normalization
 from models.official import is_official, load_official, load_strictly
 from models.vqflow import VQFlow, pool_features
@@ -56,6 +56,7 @@ class Stage:
         ).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.fingerprint = self.extractor.fingerprint()
         self.workers = resolve_workers(config.data.workers, self.device.type)
+        self._loaders: list[ImageLoader] = []
 
     def build_model(self) -> VQFlow:
         """A new model, its random choices drawn from the seed."""
@@ -85,8 +86,11 @@ class Stage:
 
     def training_features(self, dataset: ImageFolder) -> Source:
         """Shuffled batches, the last partial one dropped."""
+        size = self.config.train.batch_size
+        if size > len(dataset):
+            print(f"--batch-size {size}: there are {len(dataset)} training images, so a batch has {len(dataset)}")
         loader = train_loader(
-            dataset, batch_size=self.config.train.batch_size, workers=self.workers, seed=self.config.run.seed,
+            dataset, batch_size=size, workers=self.workers, seed=self.config.run.seed,
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         return self._source(loader, dataset)
@@ -95,7 +99,16 @@ class Stage:
         """All images in order."""
         return self._source(self._ordered(dataset), dataset)
 
-    def _ordered(self, dataset: ImageFolder) -> DataLoader:
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """The processes that read images meanwhile end with it."""
+        try:
+            yield
+        finally:
+            for loader in self._loaders:
+                loader.end_workers()
+
+    def _ordered(self, dataset: ImageFolder) -> ImageLoader:
         return test_loader(
             dataset,
             batch_size=self.config.train.batch_size,
@@ -103,8 +116,9 @@ class Stage:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _source(self, loader: DataLoader, dataset: ImageFolder) -> Source:
+    def _source(self, loader: ImageLoader, dataset: ImageFolder) -> Source:
         """From a cache as --cache says, else computed batch by batch."""
+        self._loaders.append(loader)
         data, ordered = self.config.data, self._ordered(dataset)
         key = cache_key(
             dataset, extractor=self.fingerprint, pool=self.config.model.kept_pool, size=dataset.input_size,
@@ -125,6 +139,7 @@ class Stage:
             place, folder, ordered, self.extract, device=self.device,
             progress=lambda batches, text: tqdm(batches, desc=text, leave=False),
         )  # fmt: skip
+        ordered.end_workers()
         return CachedFeatures(loader, store, self.device)
 
 
@@ -151,7 +166,7 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
     """The settings under which a checkpoint is evaluated.
 
     Raises:
-        UsageError: not a checkpoint, or the user asked for another model than the one that it holds.
+        UsageError: not a checkpoint, or the user asked for another model or other data than it was made with.
     """
     if is_official(content):
         return replace(
@@ -163,29 +178,46 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
         saved = from_dict(content["config"])
     except (UsageError, AttributeError, TypeError) as error:
         raise UsageError(f"--eval_ckpt: {name} holds settings that this version does not know") from error
-    for entry in fields(ModelConfig):
-        if entry.name in ("weights", "pretrained") or entry.name not in chosen:
-            continue
-        asked, has = getattr(config.model, entry.name), getattr(saved.model, entry.name)
-        if asked != has:
-            raise UsageError(
-                f"--eval_ckpt: {name} was made with {flag_of(entry.name)} = {has!r}, not with {asked!r} as asked for"
-            )
-    values = {k: v for part in to_dict(saved).values() for k, v in part.items()}
+    refuse_others(saved, chosen, name)
     own = tuple(content["classes"])
     here: dict[str, Any] = {
-        "device": config.run.device,
-        "work_dir": config.run.work_dir,
-        "workers": config.data.workers,
-    }
-    here |= {"class_names": own, "resume": False, "pre_extract": False}
-    here |= {"cache": "none" if saved.data.cache == "none" else "auto"}
-    values |= here | chosen
-    if not saved.data.multi_class:
-        if not {"all", *own} & set(values["class_names"]):
-            raise UsageError(f"--class-names: {name} is a model of {own[0]!r} alone")
-        values |= {"class_names": own}
+        "device": config.run.device, "work_dir": config.run.work_dir, "workers": config.data.workers,
+        "compile": config.train.compile, "resume": False, "pre_extract": False,
+        "cache": "none" if saved.data.cache == "none" else "auto",
+    }  # fmt: skip
+    values = flat(to_dict(saved)) | here | chosen | {"class_names": asked_classes(config, saved, own, name)}
     return make_config(**values)
+
+
+def refuse_others(saved: Config, chosen: dict[str, Any], name: str) -> None:
+    """Raise `UsageError` if the user chose something else than the `saved` settings that a checkpoint fixes.
+
+    The data set `folder` is a layout, not data: any tree that holds the checkpoint's classes may be evaluated with it.
+    """
+    has = flat(to_dict(saved))
+    for setting in settings_of(*FIXED):
+        asked = chosen.get(setting, has[setting])
+        if asked == has[setting] or setting == "class_names" or (setting, asked) == ("dataset", "folder"):
+            continue
+        raise UsageError(
+            f"{flag_of(setting)}: {name} was made with {shown(has[setting])}, not with {shown(asked)} as asked for; "
+            "leave it out, a checkpoint brings its own"
+        )
+
+
+def asked_classes(config: Config, saved: Config, own: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """Those of a checkpoint's `own` classes that --class-names asks for, in their order.
+
+    Raises:
+        UsageError: it asks for a class that the model was not trained on.
+    """
+    asked = config.data.class_names
+    if not saved.data.multi_class and not {"all", *own} & set(asked):
+        raise UsageError(f"--class-names: {name} is a model of {own[0]!r} alone")
+    others = [c for c in asked if c not in ("all", *own)]
+    if others and saved.data.multi_class:
+        raise UsageError(f"--class-names: {name} is no model of {others[0]!r}; choose from all, {', '.join(own)}")
+    return own if "all" in asked else tuple(c for c in own if c in asked)
 
 
 def normalization_of(content: dict[str, Any]) -> Normalization:

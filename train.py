@@ -16,7 +16,7 @@ from tqdm import tqdm
 from datasets import build_datasets, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
-from default import Config, TrainConfig, UsageError, to_dict
+from default import KEPT, Config, TrainConfig, UsageError, flat, from_dict, settings_of, to_dict
 from models.loss import loss_terms
 from models.official import load_strictly
 from models.vqflow import VQFlow
@@ -25,7 +25,8 @@ from test import EvalResult, evaluate, finish, report_pages, save_pictures
 from utils.report.page import ClassPage
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
 from utils.run.device import autocast
-from utils.run.folders import new_run, resumed_run, write_config
+from utils.run.folders import new_folder, resumed_run, run_name, write_config
+from utils.run.lock import locked
 from utils.run.log import RunLog, optional
 from utils.run.profile import traced
 from utils.run.schedule import learning_rate
@@ -55,11 +56,12 @@ class EpochStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Supply:
-    """What a training run is fed with: `training` batches of a sub epoch, `steps` of them, and batches of the `normal`
-    images that calibrate the scores."""
+    """What a training run is fed with: `training` batches of a sub epoch, `steps` of them with `images` in all, and
+    batches of the `normal` images that calibrate the scores."""
 
     training: Features
     steps: int
+    images: int
     normal: Callable[[], Iterable[FeatureBatch]]
 
 
@@ -183,7 +185,7 @@ class Trainer:
         train = self.config.train
         done = self._restore(saved) if saved else 0
         if not saved:
-            initialize(self.model, self.supply.training, self.supply.steps * train.batch_size)
+            initialize(self.model, self.supply.training, self.supply.images)
         log = RunLog(
             self.folder, kept=done, config=to_dict(self.config), tensorboard=train.tensorboard, wandb=train.wandb_enable
         )
@@ -260,29 +262,30 @@ def run_training(config: Config) -> Path:
     check_loggers(config.train)
     stage = Stage(config)
     splits = [split_holdout(train, config.data.holdout) for train, _ in prepared]
-    sources = [stage.training_features(kept) for kept, _ in splits]  # a batch larger than the data ends here
-    folder = resumed_run(config) if config.train.resume else None
-    if folder is not None:
+    sources = [stage.training_features(kept) for kept, _ in splits]  # features that do not fit end here
+    folder = (resumed_run(config) if config.train.resume else None) or new_folder(config.run.work_dir, run_name(config))
+    with locked(folder, "--resume"):
         for group in groups:  # all checkpoints are looked at before anything is written
             saved_state(stage, group, own_folder(folder, config, group))
-    folder = folder or new_run(config)
-    write_config(folder, config)
-    print(f"{len(class_names)} classes, {sum(len(kept) for kept, _ in splits)} training images; run folder: {folder}")
-    parts: list[EvalResult] = []
-    pages: dict[str, ClassPage] = {}
-    best: dict[str, dict[str, float]] | None = None
-    for group, (_, test_set), (_, normal), source in zip(groups, prepared, splits, sources, strict=True):
-        own = own_folder(folder, config, group)
-        own.mkdir(exist_ok=True)
-        if not config.data.multi_class:
-            print(f"class {group[0]}")
-        model = stage.build_model()
-        fitted = fit_group(stage, model, group, source, (normal, test_set), own)
-        parts.append(fitted.last)
-        best = fitted.best_on_test if config.data.multi_class else None
-        save_pictures(stage, model, test_set, group, folder / "pictures")
-        pages |= report_pages(stage, model, (normal, test_set), fitted.last, len(class_names))
-    finish(folder, config, parts, best, pages)
+        write_config(folder, config)
+        images = sum(len(kept) for kept, _ in splits)
+        print(f"{len(class_names)} classes, {images} training images; run folder: {folder}")
+        parts: list[EvalResult] = []
+        pages: dict[str, ClassPage] = {}
+        best: dict[str, dict[str, float]] | None = None
+        for group, (_, test_set), (_, normal), source in zip(groups, prepared, splits, sources, strict=True):
+            own = own_folder(folder, config, group)
+            own.mkdir(exist_ok=True)
+            if not config.data.multi_class:
+                print(f"class {group[0]}")
+            model = stage.build_model()
+            with stage.reading():
+                fitted = fit_group(stage, model, group, source, (normal, test_set), own)
+            parts.append(fitted.last)
+            best = fitted.best_on_test if config.data.multi_class else None
+            save_pictures(stage, model, test_set, group, folder / "pictures")
+            pages |= report_pages(stage, model, (normal, test_set), fitted.last, len(class_names))
+        finish(folder, config, parts, best, pages)
     return folder
 
 
@@ -310,7 +313,8 @@ def fit_group(
         batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
         return evaluate(model, batches, group, config.eval, size=config.score_size, amp=config.train.amp_enable)
 
-    supply = Supply(training=training, steps=len(source), normal=lambda: normal_source.epoch(0))
+    images = len(source) * (source.loader.batch_size or 1)
+    supply = Supply(training=training, steps=len(source), images=images, normal=lambda: normal_source.epoch(0))
     trainer = Trainer(config, model, supply=supply, evaluate=evaluation, folder=folder, identity=identity(stage, group))
     return trainer.fit(saved_state(stage, group, folder))
 
@@ -341,11 +345,10 @@ def saved_state(stage: Stage, group: tuple[str, ...], folder: Path) -> dict[str,
     saved = read_checkpoint(path, "--resume")
     if not {"config", "epoch", "model", "optimizer", "random", "best_on_test"} <= saved.keys():
         raise UsageError(f"--resume: {path} is not a checkpoint that training can go on from")
-    expected = identity(stage, group) | {"settings": to_dict(config)["model"]}
-    found = saved | {"settings": saved["config"]["model"]}
-    for name, value in expected.items():
-        if found.get(name) != value:
-            raise UsageError(f"--resume: {path} is of another run: its {name} differs")
+    was, now = flat(to_dict(from_dict(saved["config"]))), flat(to_dict(config))
+    others = [name for name, value in identity(stage, group).items() if saved.get(name) != value]
+    for name in [*others, *(name for name in settings_of(*KEPT) if was[name] != now[name])]:
+        raise UsageError(f"--resume: {path} is of another run: its {name} differs")
     return saved
 
 

@@ -59,7 +59,6 @@ def test_mistakes_about_the_data(tree: list[str], tmp_path: Path, capsys: pytest
         capsys, *tree, "--class-names", "botle"
     )
     assert "--data-path: no such folder" in fails(capsys, *tree, "--data-path", str(tmp_path / "none"))
-    assert "--batch-size: expected at most 12" in fails(capsys, *tree, "--batch-size", "13")
     assert "--extractor: 'resnet0' is no timm model" in fails(capsys, *tree, "--extractor", "resnet0")
     (tmp_path / "file").write_text("")
     assert "--work-dir: cannot write in" in fails(capsys, *tree, "--work-dir", str(tmp_path / "file"))

@@ -123,7 +123,8 @@ def write_report(path: Path, report: Report) -> None:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters |= {"percent": percent, "number": number, "jpeg": data_uri}
-    path.write_text(environment.get_template("report.html").render(content(report)), encoding="utf-8")
+    text = environment.get_template("report.html").render(content(report))
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def content(report: Report) -> dict[str, Any]:
