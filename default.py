@@ -26,6 +26,8 @@ VISA_CLASSES = (
 DATASETS = ("mvtec", "visa", "folder", "sample")
 PUBLISHED = ("mvtec", "visa")  # data sets that others have published figures of
 SCORES = ("mul", "add", "likelihood", "surprise", "contrast")
+ABSOLUTE = ("likelihood", "surprise", "contrast")  # scores by which images can be compared
+CALIBRATED = ("surprise", "contrast")  # scores in units of what normal images have
 
 
 class UsageError(ValueError):

@@ -12,7 +12,7 @@ from datasets import build_datasets
 from datasets.cache import FeatureSize, cache_key, check_space, make_store
 from datasets.features import CachedFeatures, LiveFeatures, prefetched
 from datasets.folder import ImageFolder
-from datasets.loaders import test_loader as ordered_loader
+from datasets.loaders import ordered_loader
 from default import DataConfig, UsageError
 from fake_data import METHOD, TINY, make_mvtec
 from main import main, parse

@@ -10,8 +10,7 @@ from PIL import Image
 
 from datasets import build_datasets, resolve_classes, resolve_root
 from datasets.folder import ImageFolder, natural
-from datasets.loaders import EpochSampler, resolve_workers, train_loader
-from datasets.loaders import test_loader as ordered_loader
+from datasets.loaders import EpochSampler, ordered_loader, resolve_workers, train_loader
 from datasets.transforms import load_image, load_mask, to_picture
 from default import MVTEC_CLASSES, DataConfig, UsageError
 from fake_data import make_mvtec, make_visa_original, make_visa_rearranged, picture, save

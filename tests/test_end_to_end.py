@@ -17,7 +17,9 @@ from torch import Tensor
 from default import ModelConfig, from_dict, to_dict
 from fake_data import METHOD, TINY, make_mvtec, make_visa_original, make_visa_rearranged
 from main import main
+from models.extractor import IMAGENET, FrozenExtractor
 from models.official import load_official
+from models.scorer import Scorer
 from models.vqflow import VQFlow
 from utils.metrics import METRICS
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
@@ -307,7 +309,7 @@ def official_style(model: VQFlow) -> dict[str, Any]:
     for key, value in model.state_dict().items():
         rule = next(((a, b) for a, b in rules if re.fullmatch(a, key)), None)
         if rule is None:
-            assert re.fullmatch(r"(mean|std)_\d|surprise_(mean|std)", key), key
+            assert re.fullmatch(r"(mean|std)_\d", key), key
             continue
         part, name = re.sub(*rule, key).split()
         turned = name.split(".")[-1] in ("embed", "embed_avg")
@@ -328,7 +330,12 @@ def test_official_checkpoints_are_recognised(place: Path, live: Path, capsys: py
     model = VQFlow(config, ours["channels"]).eval()
     settings["train"] |= {"noise": 0.0}
     settings["eval"] |= {"image_score": "mul", "pixel_score": "add"}
-    write_checkpoint(place / "ours.pt", ours | {"config": settings, "model": model.state_dict()})
+    extractor = FrozenExtractor("tf_efficientnet_lite0", input_size=64, normalization=IMAGENET)
+    scorer = Scorer(channels=ours["channels"], memory=False)
+    write_checkpoint(place / "ours.pt", ours | {
+        "config": settings, "model": model.state_dict(), "normalization": [list(v) for v in IMAGENET],
+        "scorer": {"rule": scorer.rule.plain(), "state": scorer.state_dict()}, "extractor": extractor.fingerprint(),
+    })  # fmt: skip
     torch.save(official_style(model), place / "official.pt")
     assert same(load_official(place / "official.pt", config, ours["channels"]).state_dict(), model.state_dict())
     for name in ("ours", "official"):
