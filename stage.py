@@ -117,14 +117,17 @@ class Stage:
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
 
-    def _source(self, loader: DataLoader, dataset: ImageFolder) -> Source:
-        """From a cache as --cache says, else computed batch by batch."""
-        data, ordered = self.config.data, self._ordered(dataset)
+    def cache_folder(self, dataset: ImageFolder) -> Path:
+        """Where features of these images, as this configuration extracts them, are kept on disk."""
         key = cache_key(
             dataset, extractor=self.fingerprint, pool=self.config.model.kept_pool, size=dataset.input_size,
             masks=dataset.mask_size, amp=self.config.train.amp_enable and has_bfloat16(self.device),
         )  # fmt: skip
-        folder = self.cache / key
+        return self.cache / key
+
+    def _source(self, loader: DataLoader, dataset: ImageFolder) -> Source:
+        """From a cache as --cache says, else computed batch by batch."""
+        data, ordered, folder = self.config.data, self._ordered(dataset), self.cache_folder(dataset)
         place = "disk" if data.cache == "auto" else data.cache
         if data.cache == "auto" and not data.pre_extract and not folder.is_dir():
             once = self.config.run.mode == "test"  # a cache would not be read a second time

@@ -183,11 +183,11 @@ def finish(
     shared = config.data.multi_class  # models of their own have concepts of their own
     concepts = agreement(*zip(*chosen, strict=True)) if chosen and shared and len(classes) > 1 else None
     results = Results(classes=classes, best_on_test=best, intervals=intervals, concepts=concepts, config=config)
-    print(write_results(folder, results))
-    print(f"run folder: {folder}")
+    lines = [write_results(folder, results), f"run folder: {folder}"]
     if pages:
         rows = comparison_rows(config.data.dataset) if config.compared else []
-        print(f"report: {report_run(folder, pages, to_dict(config), shared_model=shared, published=rows)}")
+        lines.append(f"report: {report_run(folder, pages, to_dict(config), shared_model=shared, published=rows)}")
+    print("\n".join(lines))  # when all is written
 
 
 def run_test(config: Config, chosen: dict[str, Any]) -> None:
