@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -348,19 +347,3 @@ def test_official_checkpoints_are_recognised(place: Path, live: Path, capsys: py
     asked = ["--mode", "test", "--eval_ckpt", str(place / "official.pt"), "--k-cspc", "16"]
     assert main(command(place, "refused", *METHOD, *asked)) == 2
     assert re.fullmatch(r"main.py: error: \S*official.pt: made with other options .*\n", capsys.readouterr().err)
-
-
-# --- export
-
-
-def test_an_exported_model_scores_as_the_original(place: Path, live: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runtime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
-    assert main(["--mode", "export", "--eval_ckpt", str(live)]) == 0
-    assert "model.onnx: image (B, 3, 64, 64) -> map, score; off by" in capsys.readouterr().out
-    session = runtime.InferenceSession(str(live / "model.onnx"))
-    image = np.random.default_rng(0).normal(size=(5, 3, 64, 64)).astype(np.float32)
-    maps, scores = session.run(None, {"image": image})
-    assert maps.shape == (5, 64, 64)
-    np.testing.assert_allclose(session.run(None, {"image": image[2:3]})[1], scores[2:3], rtol=1e-4)
-    assert main(["--mode", "export"]) == 2
-    assert "--eval_ckpt: expected a checkpoint" in capsys.readouterr().err
