@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.condition import Condition, TableCache
+from models.condition import Condition
+from models.conditioned import ConditionedConv2d
+from utils.run.device import full_precision
 
 
 class ChannelNorm(nn.LayerNorm):
     """Layer normalisation over the channels of (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             y = F.layer_norm(
                 x.permute(0, 2, 3, 1).to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps
             )
@@ -69,28 +71,22 @@ class Subnet(nn.Module):
 
     def __init__(self, *, channels: int, out: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = ConditionedConv2d(channels, channels)
         self.ln = ChannelNorm(channels)
         self.conv2 = nn.Conv2d(channels, out, 3, padding=1)
-        self.cache, self.activate = TableCache(), activate
-
-    def train(self, mode: bool = True) -> Subnet:
-        if mode != self.training:
-            self.cache.clear()
-        return super().train(mode)
+        self.activate = activate
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """`x` (B, n - C, H, W) and a condition of C channels -> (B, out, H, W)."""
-        hidden = condition.convolve(x, self.conv1.weight, self.conv1.bias, self.cache)
-        return self.conv2(self.activate(hidden, self.ln.weight, self.ln.bias, self.ln.eps))
+        return self.conv2(self.activate(self.conv1(x, condition), self.ln.weight, self.ln.bias, self.ln.eps))
 
 
 class CouplingBlock(AllInOneBlock):
     """FrEIA 0.2's block (affine coupling, global affine, hard permutation) with two differences.
 
-    The condition is an argument that knows how to convolve itself, and the log-determinant is kept per position,
-    (B, H, W), because the place of a low likelihood is what anomaly detection looks for. The permutation is an index
-    instead of a product with a permutation matrix. Parameters and checkpoints are FrEIA's.
+    The condition is an argument, in parts, and the log-determinant is kept per position, (B, H, W), because the place
+    of a low likelihood is what anomaly detection looks for. The permutation is an index instead of a product with a
+    permutation matrix. Parameters and checkpoints are FrEIA's.
     """
 
     def __init__(self, *, channels: int, condition: int, clamp: float) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from default import ModelConfig
-from models.condition import CodePart, Condition, TableCache, VectorPart
+from models.condition import CodePart, Condition, VectorPart
+from models.conditioned import ConditionedConv2d
 from models.vqflow import VQFlow
 from utils.run.seed import seed_everything
 
@@ -63,7 +64,7 @@ def test_convolution_by_parts_at_all_borders(size: tuple[int, int], codes: int, 
     torch.manual_seed(0)
     dtype, b, c = torch.float64, 2, 11
     indices, through = torch.randint(codes, (b, *size)), torch.randn(b, 3, *size, dtype=dtype)
-    part = CodePart.make(indices, torch.randn(codes, 5, dtype=dtype), through)
+    part = CodePart.make(indices, torch.randn(codes, 5, dtype=dtype), through, placed=True)
     condition = Condition(
         size=size,
         widths=(1, 4, 4, 2),
@@ -72,29 +73,10 @@ def test_convolution_by_parts_at_all_borders(size: tuple[int, int], codes: int, 
         position_piece=1,
         vectors=tuple(VectorPart(vector=torch.randn(b, v, dtype=dtype), piece=i) for i, v in ((1, 4), (2, 4), (3, 2))),
     )
-    x, weight, bias = torch.randn(b, 3, *size, dtype=dtype), torch.randn(6, 3 + c, 3, 3, dtype=dtype), torch.randn(6)
+    x, conv = torch.randn(b, 3, *size, dtype=dtype), ConditionedConv2d(3 + c, 6).to(dtype)
     with torch.set_grad_enabled(record):
-        got = condition.convolve(x, weight, bias.to(dtype), TableCache())
-    joined = torch.cat([x, condition.dense()], 1)
-    torch.testing.assert_close(got, torch.nn.functional.conv2d(joined, weight, bias.to(dtype), padding=1))
-
-
-def test_tables_are_kept_only_while_nothing_changes() -> None:
-    cache, weight = TableCache(), torch.ones(3)
-    calls: list[float] = []
-
-    def make() -> torch.Tensor:
-        calls.append(float(weight.sum()))
-        return weight.clone()
-
-    with torch.no_grad():
-        for _ in range(3):
-            cache.get("w", (weight,), make)
-        assert len(calls) == 1
-        weight += 1
-        assert cache.get("w", (weight,), make).tolist() == [2, 2, 2]
-    cache.get("w", (weight,), make)
-    assert len(calls) == 3
+        got = conv(x, condition)
+    torch.testing.assert_close(got, conv(x, Condition.of_map(condition.dense())))
 
 
 @pytest.mark.parametrize("mode", ["residual", "naive"])
