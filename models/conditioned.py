@@ -127,7 +127,7 @@ class ConditionedConv2d(nn.Conv2d):
         return total
 
     def _kept_or_made(self, sources: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, which depends on `sources` alone; where it is kept, in full precision for whoever comes next.
+        """What `make` gives, which depends on `sources` alone; in full precision if it is kept, as it serves any later.
 
         Traced and inference tensors have no versions.
         """

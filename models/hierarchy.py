@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from models.codebook import Codebook
 from models.condition import CodePart, Condition, VectorPart
+from models.norm import BatchNorm1d, BatchNorm2d
 
 LEVELS = 3  # levels with a flow; the top one follows them
 
@@ -56,7 +57,7 @@ class Quantization:
 def mlp(width: int, *sizes: int) -> nn.Sequential:
     """Linear, BN, ReLU for each size; 1x1 convolutions with `width` 2, linear layers with `width` 0."""
     layer = (lambda a, b: nn.Conv2d(a, b, 1)) if width == 2 else nn.Linear
-    norm = nn.BatchNorm2d if width == 2 else nn.BatchNorm1d
+    norm = BatchNorm2d if width == 2 else BatchNorm1d
     layers: list[nn.Module] = []
     for a, b in pairwise(sizes):
         layers += [layer(a, b), norm(b), nn.ReLU()]
