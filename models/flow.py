@@ -32,6 +32,12 @@ def activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.relu(y, inplace=True).permute(0, 3, 1, 2)
 
 
+def coefficients(raw: Tensor, dtype: torch.dtype, clamp: float) -> tuple[Tensor, Tensor]:
+    """Log-scale within +-`clamp` and shift, each (B, a, H, W), from what the sub-network says, `raw` (B, 2 a, H, W)."""
+    log_scale, shift = (0.1 * raw.to(dtype)).chunk(2, 1)
+    return clamp * log_scale.tanh(), shift
+
+
 def couple(x: Tensor, raw: Tensor, split: int, clamp: float, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Affine coupling and global affine of FrEIA's AllInOneBlock.
 
@@ -43,8 +49,7 @@ def couple(x: Tensor, raw: Tensor, split: int, clamp: float, scale: Tensor, offs
     Returns:
         (B, c, H, W), and the coupling's log-determinant per position (B, H, W).
     """
-    log_scale, shift = (0.1 * raw.to(x.dtype)).chunk(2, 1)
-    log_scale = clamp * log_scale.tanh()
+    log_scale, shift = coefficients(raw, x.dtype, clamp)
     y = torch.cat([x[:, :split], x[:, split:] * log_scale.exp() + shift], 1)
     return y * scale + offset, log_scale.sum(1)
 
@@ -101,11 +106,6 @@ class CouplingBlock(AllInOneBlock):
         self.couple = torch.compile(couple)
         self.subnet.activate = torch.compile(activate)
 
-    def coefficients(self, passive: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Log-scale and shift for the active half, each (B, floor(c/2), H, W)."""
-        log_scale, shift = (0.1 * self.subnet(passive, condition).to(passive.dtype)).chunk(2, 1)
-        return self.clamp * log_scale.tanh(), shift
-
     def forward(self, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(B, c, H, W) -> the same shape, and the log-determinant per position (B, H, W)."""
         raw = self.subnet(x[:, : self.splits[0]], condition)
@@ -119,7 +119,7 @@ class CouplingBlock(AllInOneBlock):
         order = self.w_perm_inv[:, :, 0, 0].argmax(1)
         x = (y[:, order] - self.global_offset) / scale
         passive, active = x.split(self.splits, dim=1)
-        log_scale, shift = self.coefficients(passive, condition)
+        log_scale, shift = coefficients(self.subnet(passive, condition), passive.dtype, self.clamp)
         x = torch.cat([passive, (active - shift) * (-log_scale).exp()], 1)
         return x, -log_scale.sum(1) - scale.log().sum()
 

@@ -79,7 +79,8 @@ def test_block_equals_freias_own() -> None:
     class Joined(torch.nn.Module):
         def forward(self, joined: torch.Tensor) -> torch.Tensor:
             net = block.subnet
-            return net.conv2(net.ln(net.conv1._conv_forward(joined, net.conv1.weight, net.conv1.bias)).relu())
+            hidden = torch.nn.functional.conv2d(joined, net.conv1.weight, net.conv1.bias, padding=1)
+            return net.conv2(net.ln(hidden).relu())
 
     freia = AllInOneBlock(
         [(5, 1, 1)], dims_c=[(4, 1, 1)], affine_clamping=1.9, subnet_constructor=lambda a, b: Joined()
