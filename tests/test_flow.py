@@ -16,7 +16,7 @@ SIZES = [(3, 4), (1, 1), (2, 5)]
 
 
 def dense(b: int, c: int, h: int, w: int) -> Condition:
-    return Condition(size=(h, w), widths=(c,), map=torch.randn(b, c, h, w, dtype=torch.float64))
+    return Condition.of_map(torch.randn(b, c, h, w, dtype=torch.float64))
 
 
 def shake(module: torch.nn.Module) -> torch.nn.Module:
@@ -79,7 +79,8 @@ def test_block_equals_freias_own() -> None:
     class Joined(torch.nn.Module):
         def forward(self, joined: torch.Tensor) -> torch.Tensor:
             net = block.subnet
-            return net.conv2(net.ln(net.conv1(joined)).relu())
+            hidden = torch.nn.functional.conv2d(joined, net.conv1.weight, net.conv1.bias, padding=1)
+            return net.conv2(net.ln(hidden).relu())
 
     freia = AllInOneBlock(
         [(5, 1, 1)], dims_c=[(4, 1, 1)], affine_clamping=1.9, subnet_constructor=lambda a, b: Joined()

@@ -67,3 +67,9 @@ def check_compiler(device: torch.device) -> None:
         reason = "a C++ compiler (on PATH, or named by CXX)" if device.type == "cpu" else "a working Triton"
         line = next((row for row in str(error).splitlines() if row.strip()), type(error).__name__)
         raise UsageError(f"--compile: needs {reason}, but failed here: {line[:120]}; leave --compile out") from error
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """No autocast on a device, if there is such a thing on it (there is none on "meta")."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
