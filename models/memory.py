@@ -67,8 +67,6 @@ class Memory(nn.Module):
         return torch.cat(same, 1).flatten(2).transpose(1, 2)
 
     @torch.no_grad()
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
     def forward(self, features: Sequence[Tensor], *, own: bool = True) -> list[Tensor]:
         """Euclidean distance to the nearest vector of the `nearest` images that are most like each image.
 

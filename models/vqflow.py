@@ -121,10 +121,6 @@ class VQFlow(nn.Module):
         rows = zip(features, *self.statistics(), strict=True)
         return [(h - mean[:, None, None]) / std[:, None, None] for h, mean, std in rows]
 
-    def forward_features(self, features: Sequence[Tensor]) -> VQFlowOutput:
-        """The extractor's four levels (B, c_l, H_l, W_l) -> `VQFlowOutput`."""
-        return self(self.keep(features))
-
     def forward(self, kept: Sequence[Tensor], noise: float = 0.0) -> VQFlowOutput:
         """Kept levels -> `VQFlowOutput`; `noise` is the deviation of Gaussian noise added to standardized features."""
         features = self.standardize(self.pool(kept))

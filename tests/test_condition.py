@@ -41,7 +41,7 @@ def run(model: VQFlow, side: int, dtype: torch.dtype) -> tuple[list[torch.Tensor
         torch.randn(3, c, -(-side // s), -(-side // s), dtype=dtype, requires_grad=True)
         for c, s in zip(CHANNELS, (4, 8, 16, 32), strict=True)
     ]
-    output = model.forward_features(features)
+    output = model(model.keep(features))
     (output.nll.mean() + output.commitment).backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     gradients |= {f"features {i}": f.grad for i, f in enumerate(features)}
@@ -285,12 +285,12 @@ def test_evaluation_follows_every_change_of_the_weights(mode: str) -> None:
     for _ in range(3):
         model.train()
         optimizer.zero_grad()
-        model.forward_features(features).nll.mean().backward()
+        model(model.keep(features)).nll.mean().backward()
         optimizer.step()
         model.eval()
         reference.load_state_dict(model.state_dict())
         reference.eval()
         with torch.no_grad():
             for _ in range(2):
-                a, b = model.forward_features(features).log_det, reference.forward_features(features).log_det
+                a, b = model(model.keep(features)).log_det, reference(reference.keep(features)).log_det
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)

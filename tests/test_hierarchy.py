@@ -99,14 +99,14 @@ def test_a_batch_of_one_trains_and_is_evaluated(mode: str, side: int, amp: bool)
     losses = []
     for _ in range(6):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
-            loss = loss_terms(model.forward_pooled(features(1, side)), 1.0).total
+            loss = loss_terms(model(features(1, side)), 1.0).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     with torch.no_grad():
-        assert model.eval().forward_pooled(features(1, side)).log_det.isfinite().all()
+        assert model.eval()(features(1, side)).log_det.isfinite().all()
 
 
 class Crossings(TorchDispatchMode):
@@ -133,7 +133,7 @@ def test_a_training_step_copies_nothing_to_the_device(conditioning: str) -> None
     counts = []
     for _ in range(2):
         with Crossings() as crossings:
-            loss_terms(model.forward_pooled(pooled), 1.0).total.backward()
+            loss_terms(model(pooled), 1.0).total.backward()
         counts.append(len(crossings.found))
     assert counts == [3, 0]  # three sizes among the four levels
 

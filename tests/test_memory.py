@@ -168,7 +168,7 @@ def test_flows_see_pooled_features_and_the_memory_all_places(pool: str) -> None:
     assert found.flow.config.kept_pool == "none"
     plain = build(pool_type=pool, concat_pos=True, mixed_gaussian=True).eval()
     load_strictly(plain, found.flow.state_dict(), "")
-    judgement, without = found.judge(found.flow.keep(asked)), plain.forward_features(asked)
+    judgement, without = found.judge(found.flow.keep(asked)), plain(plain.keep(asked))
     for z, expected in zip(judgement.output.latents, without.latents, strict=True):
         torch.testing.assert_close(z, expected)
     assert [tuple(s.shape[1:]) for s in judgement.maps.opinions()[3:]] == [(16, 16), (8, 8), (4, 4)]

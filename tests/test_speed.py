@@ -14,11 +14,12 @@ from datasets.features import FeatureBatch
 from default import ModelConfig, TrainConfig, UsageError
 from fake_data import METHOD, TINY, make_mvtec
 from main import main
+from models.codebook import Codebook
 from models.flow import Permutation
 from models.loss import loss_terms
 from models.vqflow import VQFlow
 from train import train_epoch
-from utils.run.device import autocast, check_compiler, has_bfloat16
+from utils.run.device import autocast, check_compiler, exact_products, has_bfloat16
 from utils.run.profile import traced
 from utils.run.seed import seed_everything
 
@@ -215,3 +216,22 @@ def test_all_at_once_on_the_command_line(tmp_path: Path) -> None:
     extra = ["--profile", "1", "--accumulate", "2", "--checkpoint-activations", "--amp-enable", "--cache", "ram"]
     assert main([*argv, *extra, *(["--compile"] if shutil.which("g++") else [])]) == 0
     assert len(list(tmp_path.glob("folder-*/trace.json"))) == 1
+
+
+def test_what_is_nearest_is_sought_in_full_precision() -> None:
+    """Neither TensorFloat-32 nor bfloat16: both have too few bits to tell distances apart."""
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    matmul.allow_tf32 = True
+    try:
+        with exact_products(torch.device("cuda")):
+            assert not matmul.allow_tf32
+        assert matmul.allow_tf32
+        with pytest.raises(ZeroDivisionError), exact_products(torch.device("cuda")):
+            raise ZeroDivisionError
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
+    torch.manual_seed(0)
+    book, inputs = Codebook(codes=300, dim=64), torch.randn(500, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(book.nearest(inputs), torch.cdist(inputs.double(), book.embed.double()).argmin(1))

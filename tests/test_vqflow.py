@@ -39,7 +39,7 @@ def features(side: int = 64, batch: int = 3) -> list[torch.Tensor]:
 def test_every_mode_trains_and_reaches_every_parameter(mode: str, concat_pos: bool, mixed: bool) -> None:
     model = build(mode, concat_pos=concat_pos, mixed_gaussian=mixed).train()
     assert quantization_of(model.config).kind == mode
-    output = model.forward_features(features())
+    output = model(model.keep(features()))
     loss_terms(output, 1.0).total.backward()
     without = [
         n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)
@@ -54,7 +54,7 @@ def test_every_mode_trains_and_reaches_every_parameter(mode: str, concat_pos: bo
 @pytest.mark.parametrize("pool", ["avg", "max", "none"])
 def test_odd_sizes_and_pools(side: int, pool: str) -> None:
     model = build(pool_type=pool, concat_pos=True, mixed_gaussian=True).eval()
-    maps = ScoreMaps(model.forward_features(features(side)).latents, side)
+    maps = ScoreMaps(model(model.keep(features(side))).latents, side)
     assert maps.mul.shape == (3, side, side)
     assert torch.isfinite(maps.likelihood).all()
 
@@ -70,7 +70,7 @@ def test_default_condition_has_1088_channels() -> None:
 def test_projected_condition() -> None:
     model = build(concat_pos=True, c_conds=(5, 6, 7))
     assert model.hierarchy.condition_channels == (5, 6, 7, 7)
-    assert model.forward_features(features()).log_det.shape == (3,)
+    assert model(model.keep(features())).log_det.shape == (3,)
 
 
 def counted(batches: list[list[torch.Tensor]]) -> ChannelStatistics:
@@ -129,7 +129,7 @@ def test_save_and_load_strictly(tmp_path: Path) -> None:
     seed_everything(7)
     other = VQFlow(model.config, CHANNELS).eval()
     other.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True))
-    assert torch.equal(other.forward_features(features()).log_det, model.forward_features(features()).log_det)
+    assert torch.equal(other(other.keep(features())).log_det, model(model.keep(features())).log_det)
 
 
 def steps(model: VQFlow, count: int = 5) -> list[float]:
@@ -137,7 +137,7 @@ def steps(model: VQFlow, count: int = 5) -> list[float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(count):
-        terms = loss_terms(model.forward_features(features()), 1.0)
+        terms = loss_terms(model(model.keep(features())), 1.0)
         optimizer.zero_grad()
         terms.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
@@ -170,7 +170,7 @@ def test_parity_with_the_released_model(name: str, parity: Path) -> None:
     record = torch.load(parity / f"{name}.pt", weights_only=True)
     model = load_official(record["checkpoint"], record["config"], record["channels"])
     with torch.no_grad():
-        output = model.forward_features(record["features"])
+        output = model(model.keep(record["features"]))
     maps, expected = ScoreMaps(output.latents, record["config"]["input_size"]), record["eval"]
     pairs = [*zip(output.latents, expected["z"], strict=True), (output.log_det, expected["log_det"])]
     pairs += [(output.commitment, expected["commitment"]), (output.nll, expected["nll_per_image"])]
@@ -182,7 +182,7 @@ def test_parity_with_the_released_model(name: str, parity: Path) -> None:
     model = load_official(record["checkpoint"], record["config"], record["channels"]).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     for loss, tolerance in zip(record["train"]["losses"], (1e-4, 1e-2, 1e-2), strict=True):
-        terms = loss_terms(model.forward_features(record["features"]), record["config"]["quantize_weight"])
+        terms = loss_terms(model(model.keep(record["features"])), record["config"]["quantize_weight"])
         assert terms.total.item() == pytest.approx(loss, rel=tolerance)
         optimizer.zero_grad()
         terms.total.backward()

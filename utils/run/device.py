@@ -47,13 +47,14 @@ def autocast(device: torch.device, enabled: bool) -> AbstractContextManager:
 
 @contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Products in full single precision: TensorFloat-32 keeps 10 bits, too few to tell which vector is nearest."""
+    """Full single precision: neither bfloat16 nor TensorFloat-32 has the bits to tell which vector is nearest."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
     if device.type == "cuda":
         matmul.allow_tf32 = False
     try:
-        yield
+        with full_precision(device):
+            yield
     finally:
         if device.type == "cuda":
             matmul.allow_tf32 = before
