@@ -150,7 +150,7 @@ class Codebook(nn.Module):
         donors = used[torch.arange(len(unused), device=used.device) % len(used)]
         noise = torch.randn_like(self.embed[donors]) * self.embed[donors].abs().mean(1, keepdim=True)
         self.embed[unused] = self.embed[donors] + 0.01 * noise
-        self.cluster_size[donors.unique()] /= 2
+        self.cluster_size[donors] /= 2  # once, however often one gives
         self.cluster_size[unused] = self.cluster_size[donors]
         self.embed_avg.copy_(self.embed * self.cluster_size[:, None])
 

@@ -193,6 +193,9 @@ def test_copies_and_pickles_begin_without_a_table() -> None:
     stored = io.BytesIO()
     torch.save(conv, stored)
     stored.seek(0)
+    bare = io.BytesIO()
+    torch.save(convolution().eval(), bare)
+    assert len(stored.getvalue()) == len(bare.getvalue())
     for other in (copy.deepcopy(conv), torch.load(stored, weights_only=False)):
         assert [tables_made(other, x, condition) for _ in range(2)] == [1, 0]
 
@@ -255,6 +258,7 @@ def test_autocast_convolves_in_bfloat16(codes: int, direct: bool) -> None:
     conv = convolution(torch.float32)
     with Calls() as forward, torch.autocast("cpu", dtype=torch.bfloat16):
         out = conv(x, Condition.of_map(condition.dense()) if direct else condition)
+    assert out.dtype == (torch.bfloat16 if direct else torch.float32)
     with Calls() as backward:
         out.sum().backward()
     found = forward.found + backward.found

@@ -70,6 +70,14 @@ def test_fusion_inverts_and_its_log_det_is_autograds(sizes: tuple) -> None:
     torch.testing.assert_close(sum(j[0].sum() for j in local), slogdet(joined, start))
 
 
+def test_fusion_bounds_its_latents() -> None:
+    """As in the released code: a broken image must not give infinite scores."""
+    fusion = FusionFlow(channels=(2, 3, 4), condition=3, clamp=1.9).double()
+    levels = tuple(1e9 * torch.randn(2, c, 4, 4, dtype=torch.float64) for c in (2, 3, 4))
+    out, _ = fusion(levels, dense(2, 3, 4, 4))
+    assert all(x.abs().max() == 1e6 for x in out)
+
+
 def test_block_equals_freias_own() -> None:
     """Same parameters, FrEIA's own forward on the concatenated condition."""
     torch.manual_seed(0)

@@ -138,6 +138,15 @@ def test_a_training_step_copies_nothing_to_the_device(conditioning: str) -> None
     assert counts == [3, 0]  # three sizes among the four levels
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_direct_form_is_handed_out_as_maps(mode: str) -> None:
+    """The same conditions: by their parts, or as one map each."""
+    sets = [build(mode, conditioning=form).eval().hierarchy(features(2)) for form in ("structured", "direct")]
+    for parts, dense in zip(*(s.maps for s in sets), strict=True):
+        assert dense.is_map and not parts.is_map
+        torch.testing.assert_close(dense.map, parts.dense())
+
+
 def test_encodings_are_the_same_objects_everywhere() -> None:
     model = build()
     with torch.inference_mode():

@@ -72,3 +72,14 @@ def test_a_single_value_under_bfloat16() -> None:
         out = layer(torch.ones(1, 4, dtype=torch.bfloat16))
     assert out.isfinite().all()
     assert layer.running_mean.dtype == torch.float32
+
+
+def test_several_single_values_before_a_backward_pass() -> None:
+    """Accumulated losses: each value is differentiated by the statistics that normalized it."""
+    torch.manual_seed(0)
+    together, alone = BatchNorm1d(3), BatchNorm1d(3)
+    values = torch.randn(2, 1, 3)
+    (together(values[0]) + together(values[1])).sum().backward()
+    for value in values:
+        alone(value).sum().backward()
+    torch.testing.assert_close(together.weight.grad, alone.weight.grad)
