@@ -16,6 +16,7 @@ from datasets.cache import FeatureSize, cache_key, check_space, make_store, to_h
 from datasets.features import CachedFeatures, LiveFeatures
 from datasets.folder import ImageFolder
 from datasets.loaders import resolve_workers, test_loader, train_loader
+from datasets.reading import RELEASED, Reading
 from default import Config, ModelConfig, UsageError, flag_of, from_dict, make_config, to_dict
 from models.extractor import IMAGENET, FrozenExtractor, Normalization
 from models.official import is_official, load_official, load_strictly
@@ -192,6 +193,12 @@ def normalization_of(content: dict[str, Any]) -> Normalization:
     """Mean and deviation of the images that a checkpoint's model saw; in version 1.0 they were ImageNet's for all."""
     mean, std = content.get("normalization", IMAGENET)
     return tuple(mean), tuple(std)
+
+
+def image_readings(content: dict[str, Any], class_names: Sequence[str]) -> dict[str, Reading]:
+    """How a checkpoint's model reads the images of each class; version 1.0 did not say."""
+    saved = content.get("readings", {})
+    return {n: Reading.from_plain(saved[n]) if n in saved else RELEASED for n in class_names}
 
 
 def load_model(content: dict[str, Any], stage: Stage, name: str) -> VQFlow:

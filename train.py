@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from datasets import build_datasets, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
+from datasets.reading import Reading
 from default import Config, TrainConfig, UsageError, to_dict
 from models.loss import loss_terms
 from models.official import load_strictly
@@ -263,8 +264,8 @@ def run_training(config: Config) -> Path:
     sources = [stage.training_features(kept) for kept, _ in splits]  # a batch larger than the data ends here
     folder = resumed_run(config) if config.train.resume else None
     if folder is not None:
-        for group in groups:  # all checkpoints are looked at before anything is written
-            saved_state(stage, group, own_folder(folder, config, group))
+        for group, (kept, _) in zip(groups, prepared, strict=True):  # before anything is written
+            saved_state(stage, group, own_folder(folder, config, group), kept.readings)
     folder = folder or new_run(config)
     write_config(folder, config)
     print(f"{len(class_names)} classes, {sum(len(kept) for kept, _ in splits)} training images; run folder: {folder}")
@@ -311,8 +312,10 @@ def fit_group(
         return evaluate(model, batches, group, config.eval, size=config.score_size, amp=config.train.amp_enable)
 
     supply = Supply(training=training, steps=len(source), normal=lambda: normal_source.epoch(0))
-    trainer = Trainer(config, model, supply=supply, evaluate=evaluation, folder=folder, identity=identity(stage, group))
-    return trainer.fit(saved_state(stage, group, folder))
+    readings = others[0].readings
+    own = identity(stage, group, readings)
+    trainer = Trainer(config, model, supply=supply, evaluate=evaluation, folder=folder, identity=own)
+    return trainer.fit(saved_state(stage, group, folder, readings))
 
 
 def own_folder(folder: Path, config: Config, group: tuple[str, ...]) -> Path:
@@ -320,16 +323,18 @@ def own_folder(folder: Path, config: Config, group: tuple[str, ...]) -> Path:
     return folder if config.data.multi_class else folder / group[0]
 
 
-def identity(stage: Stage, group: tuple[str, ...]) -> dict[str, Any]:
+def identity(stage: Stage, group: tuple[str, ...], readings: Sequence[Reading]) -> dict[str, Any]:
     """What a checkpoint belongs to, beside its config."""
     mean, std = stage.extractor.normalization
     return {
         "classes": list(group), "channels": list(stage.extractor.channels), "normalization": [list(mean), list(std)],
-        "extractor": stage.fingerprint,
+        "extractor": stage.fingerprint, "readings": {n: r.plain() for n, r in zip(group, readings, strict=True)},
     }  # fmt: skip
 
 
-def saved_state(stage: Stage, group: tuple[str, ...], folder: Path) -> dict[str, Any] | None:
+def saved_state(
+    stage: Stage, group: tuple[str, ...], folder: Path, readings: Sequence[Reading]
+) -> dict[str, Any] | None:
     """The checkpoint that a resumed run goes on from, None if there is none (yet).
 
     Raises:
@@ -341,7 +346,7 @@ def saved_state(stage: Stage, group: tuple[str, ...], folder: Path) -> dict[str,
     saved = read_checkpoint(path, "--resume")
     if not {"config", "epoch", "model", "optimizer", "random", "best_on_test"} <= saved.keys():
         raise UsageError(f"--resume: {path} is not a checkpoint that training can go on from")
-    expected = identity(stage, group) | {"settings": to_dict(config)["model"]}
+    expected = identity(stage, group, readings) | {"settings": to_dict(config)["model"]}
     found = saved | {"settings": saved["config"]["model"]}
     for name, value in expected.items():
         if found.get(name) != value:

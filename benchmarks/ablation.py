@@ -28,7 +28,7 @@ from default import Config, UsageError
 from main import parse
 from models.memory import VIEWS
 from models.vqflow import VQFlowOutput
-from stage import Stage, load_model, normalization_of, settled_config
+from stage import Stage, image_readings, load_model, normalization_of, settled_config
 from test import by_class, forward
 from train import run_training
 from utils.metrics import METRICS, ClassAccumulator, mean_results
@@ -127,7 +127,8 @@ def readings_of(folder: Path, chosen: dict[str, Reading], work_dir: str) -> dict
     stage = Stage(config, normalization_of(content))
     model = load_model(content, stage, str(path))
     names = config.data.class_names
-    test_set = build_datasets(config.data, names, config.score_size)[1]
+    with redirect_stdout(sys.stderr):
+        test_set = build_datasets(config.data, names, config.score_size, image_readings(content, names))[1]
     found = {title: [ClassAccumulator() for _ in names] for title in chosen}
     for batch in stage.test_features(test_set).epoch(0):
         output = forward(model, batch.features)
