@@ -265,8 +265,10 @@ def _deep_tiff(path: Path) -> Pixels:
         page: Any = tiff.pages[0]
         extra, photometric = len(page.extrasamples), int(page.photometric)
         channels = int(page.samplesperpixel) - extra
-        if photometric not in (0, 1, 2) or channels not in (1, 3) or page.imagedepth != 1:
-            raise UsageError(f"{path}: expected grey or RGB, but got {channels} channels ({page.photometric!s})")
+        if photometric not in (0, 1, 2) or channels not in (1, 3) or extra > 1 or page.imagedepth != 1:
+            raise UsageError(
+                f"{path}: expected grey or RGB, but got {page.samplesperpixel} channels ({page.photometric!s})"
+            )
         try:
             values = page.asarray()
         except (ValueError, NotImplementedError):  # a compression or packing that tifffile leaves to another package

@@ -182,7 +182,7 @@ def check_flags(name: str, reading: Reading, data: DataConfig) -> None:
 
 
 def picture(path: Path, pixels: Pixels, reading: Reading) -> list[Image.Image]:
-    """One RGB image of 8 bits, or one or three channels of mode F in [0, 1].
+    """One grey or RGB image of 8 bits, or one or three channels of mode F in [0, 1].
 
     Raises:
         UsageError: values beyond the class's range, or transparency in a class that has none.
@@ -202,12 +202,12 @@ def picture(path: Path, pixels: Pixels, reading: Reading) -> list[Image.Image]:
 
 
 def opaque(path: Path, image: Image.Image, reading: Reading) -> Image.Image:
-    """RGB by what an image is: palettes are looked up, grey is repeated, transparent pixels show the background."""
+    """Grey or RGB by what an image is: palettes are looked up, transparent pixels show the background."""
     if has_transparency(image):
         image = image.convert("RGBA")
         if not reading.coarse and np.asarray(image)[..., 3].min() < 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, background_of(path, reading)), image)
-    return image.convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 def background_of(path: Path, reading: Reading) -> str:

@@ -27,9 +27,9 @@ def to_tensor(path: Path, pixels: Pixels, size: int, reading: Reading) -> Tensor
     """Lanczos resize to (3, size, size) float32 in [0, 1]: of 8-bit pixels in 8 bits, of deeper ones in float32."""
     planes = picture(path, pixels, reading)
     resized = [np.array(plane.resize((size, size), Image.Resampling.LANCZOS)) for plane in planes]
-    if planes[0].mode == "RGB":
-        return torch.from_numpy(resized[0]).permute(2, 0, 1).float() / 255
-    return torch.from_numpy(np.stack(resized)).clamp(0, 1).expand(3, size, size).contiguous()
+    if planes[0].mode == "F":
+        return torch.from_numpy(np.stack(resized)).clamp(0, 1).expand(3, size, size).contiguous()
+    return torch.from_numpy(resized[0]).reshape(size, size, -1).permute(2, 0, 1).expand(3, size, size).float() / 255
 
 
 def to_picture(image: Tensor) -> NDArray[np.uint8]:
