@@ -31,6 +31,7 @@ from utils.run.log import RunLog, optional
 from utils.run.profile import traced
 from utils.run.schedule import learning_rate
 from utils.run.seed import random_state, restore_random_state
+from utils.run.text import printable
 
 LAST, BEST = "last.pt", "best_on_test.pt"
 SEED_IMAGES = 512  # images in which the codes are placed at the start
@@ -276,7 +277,7 @@ def run_training(config: Config) -> Path:
         own = own_folder(folder, config, group)
         own.mkdir(exist_ok=True)
         if not config.data.multi_class:
-            print(f"class {group[0]}")
+            print(f"class {printable(group[0])}")
         model = stage.build_model()
         fitted = fit_group(stage, model, group, source, (normal, test_set), own)
         parts.append(fitted.last)

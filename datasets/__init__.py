@@ -11,6 +11,7 @@ from datasets.checks import check_items
 from datasets.folder import DatasetSpec, ImageFolder, Item, Scan
 from datasets.reading import Reading, check_flags, decide
 from default import DataConfig, UsageError
+from utils.run.text import printable
 
 CALIBRATION = 16  # training images per class that calibrate where none are held out
 SPECS: dict[str, DatasetSpec] = {
@@ -59,9 +60,8 @@ def present_classes(data: DataConfig, class_names: Sequence[str]) -> tuple[str, 
     root = resolve_root(data)
     there = tuple(name for name in class_names if (root / name).is_dir())
     if len(there) < len(class_names):
-        print(
-            f"{root} holds {len(there)} of the model's {len(class_names)} classes: {shown(', '.join(there)) or 'none'}"
-        )
+        names = ", ".join(there) or "none"
+        print(printable(f"{root} holds {len(there)} of the model's {len(class_names)} classes: {names}"))
     return there
 
 
@@ -118,12 +118,12 @@ def settle(name: str, scan: Scan, data: DataConfig, readings: Mapping[str, Readi
 
 def announce(name: str, scan: Scan) -> None:
     """What there is of a class, and loudly what there is not."""
-    print(shown(scan.line(name)))
+    print(printable(scan.line(name)))
     labels = {item.label for item in scan.test}
     for label, kind, lost in ((0, "good", "metrics that compare with them"), (1, "defective", "nearly all metrics")):
         if label not in labels:
             line = f"warning: {name} has no {kind} test images: {lost} are not defined for it and left out of the mean"
-            print(shown(line), file=sys.stderr)
+            print(printable(line), file=sys.stderr)
 
 
 def tell_readings(readings: Mapping[str, Reading]) -> None:
@@ -131,12 +131,7 @@ def tell_readings(readings: Mapping[str, Reading]) -> None:
     for reading in dict.fromkeys(readings.values()):
         names = [name for name, own in readings.items() if own == reading]
         if str(reading):
-            print(shown(f"{', '.join(names) if len(names) < len(readings) else 'all classes'}: {reading}"))
-
-
-def shown(text: str) -> str:
-    """A text with names of files that any stream can print: bytes that are not UTF-8 as \\xdd."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            print(printable(f"{', '.join(names) if len(names) < len(readings) else 'all classes'}: {reading}"))
 
 
 def split_holdout(train: ImageFolder, share: float) -> tuple[ImageFolder, ImageFolder]:

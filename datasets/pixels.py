@@ -93,7 +93,7 @@ def guarded(path: Path, read: Callable[[], Any]) -> Any:
     except UsageError:
         raise
     except Exception as error:  # struct.error, EOFError, IndexError, SyntaxError, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{path}: cannot be read as an image ({reason})") from error
 
 
