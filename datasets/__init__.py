@@ -130,8 +130,9 @@ def tell_readings(readings: Mapping[str, Reading]) -> None:
     """One line for all classes that are read alike and otherwise than plain."""
     for reading in dict.fromkeys(readings.values()):
         names = [name for name, own in readings.items() if own == reading]
+        whose = "all classes" if 1 < len(names) == len(readings) else ", ".join(names)
         if str(reading):
-            print(printable(f"{', '.join(names) if len(names) < len(readings) else 'all classes'}: {reading}"))
+            print(printable(f"{whose}: {reading}"))
 
 
 def split_holdout(train: ImageFolder, share: float) -> tuple[ImageFolder, ImageFolder]:

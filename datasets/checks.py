@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets.folder import Item
-from datasets.masks import agree, check_marks, check_shape, follow, read_marks
+from datasets.masks import agree, check_levels, check_marks, check_shape, follow, read_marks
 from datasets.pixels import read_header, read_pixels
 from datasets.reading import Reading, picture
 from default import DataConfig, UsageError
@@ -34,6 +34,7 @@ def check_item(item: Item, reading: Reading, data: DataConfig) -> None:
     marks = read_marks(item.mask_path, data.max_pixels)
     if data.trust_masks:
         return
+    check_levels(item.mask_path, data.max_pixels)
     check_marks(item.mask_path, marks)
     if not agree((marks.shape[1], marks.shape[0]), header.size):  # a tag may turn the image, which decoding tells
         pixels = read_pixels(item.path, data.max_pixels)

@@ -20,6 +20,7 @@ Marks = NDArray[np.bool_]
 Size = tuple[int, int]  # width, height
 
 HALF = 127  # of 255: what lossy compression blurs is marked above it
+NOISE, EVEN, AREA = 24, 8, 16  # of lossy masks: level above noise, its range in an even area, pixels of that
 SOLID = 0.5  # opacity from which on a pixel's colour counts
 MOST_BORDER, MOST = 0.75, 0.5  # shares of the border and of all pixels that only an inverted mask marks
 WAY_OUT = "mark the defect, or take all masks as they are with --trust-masks"
@@ -120,6 +121,21 @@ def check_shape(path: Path, size: Size, image: Path, seen: Size) -> None:
         raise UsageError(
             f"{path}: {size[0]} x {size[1]} is another shape than the {seen[0]} x {seen[1]} of its image {image}; turn "
             "or crop it, or stretch all such masks with --trust-masks"
+        )
+
+
+def check_levels(path: Path, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise `UsageError` if a lossy mask has even areas of a value that may mark or not: not noise, but not told."""
+    pixels = read_pixels(path, max_pixels)
+    if not pixels.lossy or pixels.image is None:
+        return
+    level = np.asarray(pixels.image.convert("RGB")).max(2)
+    box = np.ones((3, 3), np.uint8)
+    even = cv2.dilate(level, box) - cv2.erode(level, box) <= EVEN
+    if (even & (level > NOISE) & (level <= HALF)).sum() >= AREA:
+        raise UsageError(
+            f"{path}: has areas darker than half of full scale, which count as noise in a lossy file; save it as PNG, "
+            "or take all masks as they are with --trust-masks"
         )
 
 

@@ -8,6 +8,7 @@ by OpenCV, portable pixmaps here.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ from PIL import Image
 
 from default import DataConfig, UsageError
 
-# Checked here for every file, by --max-pixels; Pillow's own guard knows no flag.
-Image.MAX_IMAGE_PIXELS = None
+Image.init()  # all decoders now: Pillow loads them at the first odd file, and not safely from several threads
+Image.MAX_IMAGE_PIXELS = None  # checked here for every file, by --max-pixels; Pillow's own guard knows no flag
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what matters of a damaged file becomes an error here
 
 ORIENTATION = 0x0112
 TURNS = {
@@ -40,6 +42,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 ON_THE_SIDE = (5, 6, 7, 8)  # orientations that swap width and height
+MODES = ("1", "L", "P", "RGB", "RGBA", "RGBX", "LA", "PA", "RGBa", "La", "CMYK", "YCbCr", "HSV")  # of 8 bits
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 REDUCED_OR_MASK = 5  # bits of a TIFF page's subfile type: a smaller copy of a page, or its transparency
 ONE_PICTURE = ("MPO", "PSD")  # further frames are a phone's second lens, or layers of the same picture
@@ -177,14 +180,25 @@ def jpeg2000_bits(path: Path) -> int:
     return (head[start + 42] & 0x7F) + 1 if start >= 0 else 8
 
 
+def orientation_of(image: Image.Image) -> int:
+    """The tag of an image that Pillow opened; 1, upright, where it is missing or unreadable."""
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a damaged block of tags says nothing of the pixels
+        return 1
+    return found if found in UPRIGHT else 1
+
+
 def _shallow(path: Path) -> Pixels:
     with Image.open(path) as image:
-        before = image.getexif().get(ORIENTATION, 1)
+        before = orientation_of(image)
         image.load()
-        left = image.getexif().get(ORIENTATION, 1)  # newer Pillow turns TIFF files by itself
+        left = orientation_of(image)  # newer Pillow turns TIFF files by itself
+        if image.mode not in MODES:
+            raise UsageError(f"{path}: expected grey, RGB, CMYK or a palette, but got {image.mode}")
         lossy = image.format in ("JPEG", "MPO", "JPEG2000", "AVIF") or (image.format == "WEBP" and is_lossy_webp(path))
         upright = image.transpose(UPRIGHT[left]) if left in UPRIGHT else image
-        return Pixels(image=upright, orientation=left if left in UPRIGHT else before, lossy=lossy)
+        return Pixels(image=upright, orientation=max(left, before), lossy=lossy)
 
 
 def is_lossy_webp(path: Path) -> bool:
@@ -204,7 +218,7 @@ def _deep(path: Path) -> Pixels:
     if magic in TIFF_MAGIC:
         return _deep_tiff(path)
     with Image.open(path) as image:
-        orientation = image.getexif().get(ORIENTATION, 1)
+        orientation = orientation_of(image)
         hidden = image.info.get("transparency")
         if image.format == "PPM":
             return turned(portable_map(path, image), None, orientation)

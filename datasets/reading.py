@@ -106,6 +106,8 @@ def facts_of(path: Path, max_pixels: int) -> Facts | None:
         values, alpha = pixels.values, pixels.alpha
         kind = "float" if values.dtype.kind == "f" else "integer"
     weight = 0.0 if alpha is None else float(alpha.sum())
+    if alpha is not None and not weight:
+        raise UsageError(f"{path}: is transparent everywhere")
     visible = 0.0 if not weight else float((values.mean(2, dtype=np.float64) * alpha).sum() / weight)
     return Facts(
         kind=kind, low=float(values.min()), high=float(values.max()), visible=visible, weight=weight,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from datasets import build_datasets
 from datasets.folder import ImageFolder
-from datasets.masks import agree, check_marks, load_mask, read_marks
+from datasets.masks import agree, check_levels, check_marks, load_mask, read_marks
 from default import DataConfig, UsageError
 from fake_data import make_mvtec, picture, save
 
@@ -117,6 +117,10 @@ def test_what_compression_blurs_is_marked_above_half(tmp_path: Path, name: str, 
     noise = (np.asarray(Image.open(tmp_path / name).convert("L")) > 0) != (truth > 0)
     assert noise.any(), "the file is blurred"
     assert (read_marks(tmp_path / name) != (truth > 0)).mean() < 0.01
+    check_levels(tmp_path / name)
+    Image.fromarray(drawn(85, 170, 255)).convert("RGB").save(tmp_path / name, **options)
+    with pytest.raises(UsageError, match=f"{name}: has areas darker than half of full scale"):
+        check_levels(tmp_path / name)
     Image.fromarray(drawn(1, 2, 3)).convert("RGB").save(tmp_path / "b.webp", lossless=True)
     assert read_marks(tmp_path / "b.webp").mean() == SHARE
 

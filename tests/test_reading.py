@@ -14,7 +14,6 @@ from PIL import Image
 
 from datasets import build_datasets
 from datasets.cache import cache_key
-from datasets.loaders import test_loader as ordered_loader
 from datasets.pixels import read_header, read_pixels
 from datasets.reading import RELEASED, Reading, check_flags, decide, float_span, integer_span
 from datasets.transforms import load_image, to_picture
@@ -181,6 +180,9 @@ def test_values_beyond_the_range_are_named(tmp_path: Path) -> None:
 
 
 def test_kinds_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
+    Image.new("LAB", (8, 8)).save(tmp_path / "lab.tif")
+    with pytest.raises(UsageError, match=r"lab\.tif: expected grey, RGB, CMYK or a palette, but got LAB"):
+        load_image(tmp_path / "lab.tif", 8)
     tifffile.imwrite(tmp_path / "a.tif", DEEP, photometric="separated")
     with pytest.raises(UsageError, match=r"a\.tif: expected grey or RGB, but got 4 channels"):
         read_pixels(tmp_path / "a.tif")
@@ -244,7 +246,7 @@ def test_a_class_is_read_as_its_training_images_say(tmp_path: Path, capsys: pyte
     data = DataConfig(dataset="folder", data_path=str(root), input_size=32)
     train, test = build_datasets(data, ("bottle",))
     assert train.readings == test.readings == (Reading(integers=(0, 4095)),)
-    assert "all classes: integers beyond 8 bits as 12-bit ones (0 to 4095)" in capsys.readouterr().out
+    assert "bottle: integers beyond 8 bits as 12-bit ones (0 to 4095)" in capsys.readouterr().out
     assert train[0].image.max() > 0.5
     other = build_datasets(DataConfig(dataset="folder", data_path=str(root), input_size=32, bit_depth=16), ("bottle",))[
         0
@@ -301,6 +303,14 @@ def test_the_background_is_the_one_that_does_not_hide_the_object(tmp_path: Path)
     np.testing.assert_array_equal(to_picture(load_image(tmp_path / "b.png", 64)), opaque[..., :3])
 
 
+def test_an_image_that_is_transparent_everywhere_is_a_mistake(tmp_path: Path) -> None:
+    image = clear(0)
+    image[..., 3] = 0
+    Image.fromarray(image).save(tmp_path / "a.png")
+    with pytest.raises(UsageError, match=r"a\.png: is transparent everywhere"):
+        decide([tmp_path / "a.png"], DataConfig())
+
+
 def test_every_kind_of_transparency(tmp_path: Path) -> None:
     grey = Image.fromarray(clear(0, (90, 90, 90))[..., 0])
     rgb = Image.fromarray(clear(0)[..., :3])
@@ -348,6 +358,12 @@ def test_images_are_read_as_people_see_them(tmp_path: Path, orientation: int) ->
         np.testing.assert_array_equal(values[..., 0], seen[..., 0], err_msg=name)
 
 
+def test_damaged_tags_say_nothing_of_the_pixels(tmp_path: Path) -> None:
+    image = picture(np.random.default_rng(0))[0]
+    Image.fromarray(image).save(tmp_path / "a.png", exif=b"Exif\0\0nonsense")
+    np.testing.assert_array_equal(to_picture(load_image(tmp_path / "a.png", 64)), image)
+
+
 def test_one_image_a_file(tmp_path: Path) -> None:
     frames = [Image.fromarray(np.full((8, 8), v, np.uint8)) for v in (10, 20)]
     for name in ("a.gif", "a.tif", "a.webp", "a.png", "phone.mpo"):
@@ -383,6 +399,4 @@ def test_a_line_scan_of_200_megapixels_has_a_way(tmp_path: Path) -> None:
             build_datasets(DataConfig(**options), ("bottle",))  # type: ignore[arg-type]
         test = build_datasets(DataConfig(**options, max_pixels=201_000_000), ("bottle",))[1]  # type: ignore[arg-type]
         number = [item.path for item in test.items].index(path)
-        one = test.having([test.items[number]])
-        batch = next(iter(ordered_loader(one, batch_size=1, workers=1)))
-    assert batch.image.min() == 1
+        assert test[number].image.min() == 1
