@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from datasets.decode import read_pixels
 from datasets.folder import Item
 from datasets.masks import agree, check_levels, check_marks, check_shape, follow, read_marks
-from datasets.pixels import read_header, read_pixels
+from datasets.pixels import read_header
 from datasets.reading import Reading, picture
 from default import DataConfig, UsageError
 from utils.run.threads import in_threads

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datasets.decode import read_pixels
 from datasets.masks import load_mask
-from datasets.pixels import MAX_PIXELS, read_pixels
+from datasets.pixels import MAX_PIXELS
 from datasets.reading import PLAIN, Reading
 from datasets.transforms import to_tensor
 

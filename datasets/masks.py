@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from datasets.pixels import MAX_PIXELS, ON_THE_SIDE, UPRIGHT, Pixels, has_transparency, read_pixels
+from datasets.decode import read_pixels
+from datasets.pixels import MAX_PIXELS, ON_THE_SIDE, UPRIGHT, Pixels, has_transparency
 from datasets.reading import check_finite
 from default import UsageError
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from datasets.pixels import Pixels, has_transparency, read_header, read_pixels
+from datasets.decode import read_pixels
+from datasets.pixels import Pixels, has_transparency, read_header
 from default import DataConfig, UsageError
 from utils.run.threads import in_threads
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from datasets.pixels import MAX_PIXELS, Pixels, read_pixels
+from datasets.decode import read_pixels
+from datasets.pixels import MAX_PIXELS, Pixels
 from datasets.reading import PLAIN, Reading, picture
 
 
