@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from datasets.pixels import (
+    DEPTHS,
     MAX_PIXELS,
     ORIENTATION,
     TIFF_MAGIC,
@@ -103,8 +104,14 @@ def colours(values: NDArray, orientation: int, **options: Any) -> Pixels:
     channels = values.shape[2]
     if channels in (1, 3):
         return turned(values, None, orientation, **options)
-    full = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1.0
-    return turned(values[..., :-1], values[..., -1].astype(np.float32) / full, orientation, **options)
+    return turned(values[..., :-1], opacity(values[..., -1]), orientation, **options)
+
+
+def opacity(alpha: NDArray) -> NDArray[np.float32]:
+    """In [0, 1] from stored numbers, whose full scale is that of the colours: 4095 in 16 bits is opaque, too."""
+    scales = [1.0] * (alpha.dtype.kind == "f") + [2.0**bits - 1 for bits in DEPTHS]
+    full = next((scale for scale in scales if alpha.max() <= scale), float(alpha.max()))
+    return (alpha / full).astype(np.float32)
 
 
 def turned(values: NDArray, alpha: NDArray | None, orientation: int, **options: Any) -> Pixels:

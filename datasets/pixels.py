@@ -29,6 +29,7 @@ ON_THE_SIDE = (5, 6, 7, 8)  # orientations that swap width and height
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 REDUCED_OR_MASK = 5  # bits of a TIFF page's subfile type: a smaller copy of a page, or its transparency
 ONE_PICTURE = ("MPO", "PSD")  # further frames are a phone's second lens, or layers of the same picture
+DEPTHS = (8, 10, 12, 14, 16, 20, 24, 32)  # bits that cameras and files have
 MAX_PIXELS: int = DataConfig().max_pixels
 
 

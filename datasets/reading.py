@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from datasets.decode import read_pixels
-from datasets.pixels import Pixels, has_transparency, read_header
+from datasets.pixels import DEPTHS, Pixels, has_transparency, read_header
 from default import DataConfig, UsageError
 from utils.run.threads import in_threads
 
 Span = tuple[float, float]  # what becomes 0 and what becomes 1
 
-DEPTHS = (8, 10, 12, 14, 16, 20, 24, 32)
 FLOAT_SPANS: tuple[Span, ...] = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0), (0.0, 1023.0), (0.0, 4095.0), (0.0, 65535.0))
 LEAST_USED = 1 / 16  # of a span, by the training images' highest value; else their own range is taken
 MARGIN = 0.25  # of their own range, on both sides

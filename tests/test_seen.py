@@ -60,6 +60,18 @@ def test_the_background_is_the_one_that_does_not_hide_the_object(tmp_path: Path)
     np.testing.assert_array_equal(to_picture(load_image(tmp_path / "b.png", 64)), opaque[..., :3])
 
 
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_opacity_has_the_depth_of_the_colours(tmp_path: Path, bits: int) -> None:
+    full = 2**bits - 1
+    values = (clear(0).astype(float) / 255 * full).round().astype(np.uint16)
+    values[0, 0] = full  # white and opaque
+    png16(tmp_path / "a.png", values, 6)
+    loaded = load_image(tmp_path / "a.png", 64, Reading(integers=(0, full), background="black"))
+    np.testing.assert_allclose(loaded[:, 30, 30], np.array((200, 60, 60)) / 255, atol=1e-3)
+    assert loaded[:, 0, 0].tolist() == [1, 1, 1]
+    assert loaded[:, 0, 1].tolist() == [0, 0, 0]
+
+
 def test_an_image_that_is_transparent_everywhere_is_a_mistake(tmp_path: Path) -> None:
     image = clear(0)
     image[..., 3] = 0
