@@ -29,6 +29,8 @@ GOOD_NAMES = (
     "good", "ok", "okay", "normal", "nominal", "pass", "passed", "healthy", "clean", "defect_free", "no_defect",
 )  # fmt: skip
 SCORES = ("mul", "add", "likelihood", "surprise", "contrast")
+ABSOLUTE = ("likelihood", "surprise", "contrast")  # scores by which images can be compared
+CALIBRATED = ("surprise", "contrast")  # scores in units of what normal images have
 
 
 class UsageError(ValueError):

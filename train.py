@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,15 +14,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import build_datasets, resolve_classes, split_holdout
+from datasets import build_datasets, evenly_spread, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from datasets.reading import Reading
 from default import Config, TrainConfig, UsageError, to_dict
+from models.detector import Detector
 from models.loss import loss_terms
+from models.memory import Choice, Remembering
 from models.official import load_strictly
-from models.vqflow import VQFlow
-from stage import Source, Stage
+from models.vqflow import ChannelStatistics, VQFlow
+from stage import Source, Stage, load_scorer
 from test import EvalResult, evaluate, finish, report_pages, save_pictures
 from utils.report.page import ClassPage
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
@@ -35,19 +38,18 @@ from utils.run.text import printable
 
 LAST, BEST = "last.pt", "best_on_test.pt"
 SEED_IMAGES = 512  # images in which the codes are placed at the start
-FIRST_LOOK = -1  # number of the passes before the first sub epoch
+LIKELIHOOD = {"likelihood": "bits_per_dim", "released": "objective_per_dim"}  # the latter in nats: no density
 
-Features = Callable[[int], Iterable[FeatureBatch]]  # sub epoch, or FIRST_LOOK -> batches
+Passes = Callable[[], Iterable[FeatureBatch]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochStats:
-    """Means over a sub epoch: `loss` and `nll` in nats per image, `bits_per_dim`, `commitment`, `grad_norm` before
-    clipping; the last learning rate `lr`; `images` and `seconds`."""
+    """Means over a sub epoch: `loss` and `nll` in nats per image (with noise, and batch statistics in the norms),
+    `commitment`, `grad_norm` before clipping; the last learning rate `lr`; `images` and `seconds`."""
 
     loss: float
     nll: float
-    bits_per_dim: float
     commitment: float
     grad_norm: float
     lr: float
@@ -57,12 +59,21 @@ class EpochStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Supply:
-    """What a training run is fed with: `training` batches of a sub epoch, `steps` of them, and batches of the `normal`
-    images that calibrate the scores."""
+    """What a training run is fed with.
 
-    training: Features
+    Attributes:
+        training: shuffled batches of a sub epoch, `steps` of them.
+        everything: all `images` training images in order.
+        sample: a fixed sample of the training images.
+        held_out: normal images that are not trained on, None if there are none.
+    """
+
+    training: Callable[[int], Iterable[FeatureBatch]]
     steps: int
-    normal: Callable[[], Iterable[FeatureBatch]]
+    everything: Passes
+    images: int
+    sample: Passes
+    held_out: Passes | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +108,7 @@ def train_epoch(
         rows = []
         for batch in group:
             with autocast(batch.label.device, config.amp_enable):
-                output = model.forward_pooled(batch.features, noise=config.noise)
+                output = model(batch.features, noise=config.noise)
                 terms = loss_terms(output, config.quantize_weight)
             (terms.total / len(group)).backward()
             rows.append(torch.stack([terms.total, terms.nll, terms.commitment]).detach().double())
@@ -111,7 +122,7 @@ def train_epoch(
     if not all(map(torch.isfinite, sums)):
         raise UsageError(f"--lr: training diverged (loss {loss}) with a learning rate of {config.lr}; lower it")
     return EpochStats(
-        loss=loss, nll=nll, bits_per_dim=bits_per_dim(nll, output.dims), commitment=commitment, grad_norm=norm,
+        loss=loss, nll=nll, commitment=commitment, grad_norm=norm,
         lr=optimizer.param_groups[0]["lr"], images=images, seconds=time.perf_counter() - began,
     )  # fmt: skip
 
@@ -123,28 +134,47 @@ def grouped(batches: Iterable[FeatureBatch], size: int) -> Iterator[list[Feature
         yield group
 
 
-def bits_per_dim(nll: float, dims: int) -> float:
-    """Negative log-density in bits per dimension of the features, the Gaussian's constant included."""
-    return nll / dims / 0.6931471805599453 + 1.3257480647361593  # 1/2 log2(2 pi)
+def bits_per_dim(nll: float) -> float:
+    """Negative log-density in bits per dimension, from nats per dimension without the Gaussian's constant."""
+    return nll / math.log(2) + math.log2(2 * math.pi) / 2
 
 
 @torch.no_grad()
-def initialize(model: VQFlow, features: Features, images: int) -> None:
-    """Look at the `images` training images: channel statistics, the start of our codebooks, the memory."""
-    if model.config.standardize:
-        model.fit_statistics(batch.features for batch in features(FIRST_LOOK))
-    if model.config.codebooks == "seeded" and model.config.quantize_enable:
-        batches, seen = [], 0
-        for batch in features(FIRST_LOOK):
-            batches.append(model.standardize(model.for_flows(batch.features)))
-            seen += len(batch.path)
-            if seen >= SEED_IMAGES:
-                break
-        model.train()
-        model.hierarchy.seed(batches)
-    if model.memory is not None:
-        everything = (model.standardize(batch.features) for batch in features(FIRST_LOOK))
-        model.memory.fit(everything, images=images, size=model.config.memory)
+def first_look(detector: Detector, batches: Iterable[FeatureBatch], *, images: int, batch_size: int) -> None:
+    """One pass over all `images` training images: channel statistics, the start of our codebooks, the memory.
+
+    Codes are placed in the embeddings of up to `SEED_IMAGES` random images, in batches of about `batch_size`.
+    """
+    flow, memory = detector.flow, detector.scorer.memory
+    seeded = flow.config.codebooks == "seeded" and flow.config.quantize_enable
+    remembering = Remembering(memory, images=images, size=flow.config.memory) if memory is not None else None
+    if not (flow.config.standardize or seeded or remembering):
+        return
+    statistics, choice, chosen = ChannelStatistics(len(flow.channels)), Choice(images=images, size=SEED_IMAGES), []
+    for batch in batches:
+        pooled = flow.pool(batch.features)
+        statistics.add(pooled)
+        if seeded:
+            rows = choice.rows(pooled[0])
+            chosen += [[h[row] for h in pooled] for row in rows]
+        if remembering is not None:
+            remembering.add(batch.features)
+    if flow.config.standardize:
+        flow.set_statistics(statistics)
+    if seeded:
+        flow.train()
+        order = [chosen[i] for i in torch.randperm(len(chosen)).tolist()]
+        flow.hierarchy.seed([flow.standardize(part) for part in stacked(order, batch_size)])
+    if remembering is not None:
+        remembering.finish(*flow.statistics())
+
+
+def stacked(rows: list[list[Tensor]], size: int) -> Iterator[list[Tensor]]:
+    """Images' levels as batches of at most `size`, as equal as can be."""
+    count = -(-len(rows) // size)
+    for number in range(count):
+        part = rows[number * len(rows) // count : (number + 1) * len(rows) // count]
+        yield [torch.stack(level) for level in zip(*part, strict=True)]
 
 
 class Trainer:
@@ -152,9 +182,9 @@ class Trainer:
 
     Args:
         config: the resolved configuration.
-        model: on its device.
+        detector: on its device.
         supply: features of the training images.
-        evaluate: evaluates the model on the test images.
+        evaluate: evaluates the detector on the test images.
         folder: receives checkpoints and metrics.jsonl.
         identity: stored in checkpoints beside the config (classes, channels, the extractor's fingerprint).
     """
@@ -162,21 +192,21 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: VQFlow,
+        detector: Detector,
         *,
         supply: Supply,
-        evaluate: Callable[[VQFlow], EvalResult],
+        evaluate: Callable[[Detector], EvalResult],
         folder: Path,
         identity: dict[str, Any],
     ) -> None:
-        self.config, self.model, self.supply = config, model, supply
+        self.config, self.detector, self.flow, self.supply = config, detector, detector.flow, supply
         self.evaluate, self.folder, self.identity = evaluate, folder, identity
         train = config.train
         self.optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
+            [p for p in self.flow.parameters() if p.requires_grad],
             lr=train.lr,
             weight_decay=train.weight_decay,
-            fused=next(model.parameters()).device.type in ("cuda", "cpu"),
+            fused=next(self.flow.parameters()).device.type in ("cuda", "cpu"),
         )
         self.best: dict[str, dict[str, float]] = {}
 
@@ -185,7 +215,8 @@ class Trainer:
         train = self.config.train
         done = self._restore(saved) if saved else 0
         if not saved:
-            initialize(self.model, self.supply.training, self.supply.steps * train.batch_size)
+            supply = self.supply
+            first_look(self.detector, supply.everything(), images=supply.images, batch_size=train.batch_size)
         log = RunLog(
             self.folder, kept=done, config=to_dict(self.config), tensorboard=train.tensorboard, wandb=train.wandb_enable
         )
@@ -193,12 +224,12 @@ class Trainer:
         for epoch in range(done, train.meta_epochs):
             result = self._meta_epoch(epoch, log)
         log.close()
-        return FitResult(last=result or self.evaluate(self.model), best_on_test=self.best)
+        return FitResult(last=result or self.evaluate(self.detector), best_on_test=self.best)
 
     def _meta_epoch(self, epoch: int, log: RunLog) -> EvalResult | None:
         """Sub epochs, evaluation, checkpoints and a line in the log."""
         train, last = self.config.train, epoch + 1 == self.config.train.meta_epochs
-        books = self.model.hierarchy.codebooks()
+        books = self.flow.hierarchy.codebooks()
         for book in books.values():
             book.reset_usage()
         share = 1 / (train.meta_epochs * train.sub_epochs)
@@ -207,24 +238,35 @@ class Trainer:
             if train.profile and sub == 0:
                 batches = traced(batches, train.profile * train.accumulate, self.folder / "trace.json")
             step = share / self.supply.steps
-            stats = train_epoch(self.model, batches, self.optimizer, train, start=sub * share, step=step)
+            stats = train_epoch(self.flow, batches, self.optimizer, train, start=sub * share, step=step)
         usage = {name: book.statistics() for name, book in books.items()}
         if train.reassign_quantize:
             for book in books.values():
                 book.reassign()
         wanted = last or (epoch + 1) % self.config.eval.eval_interval == 0
-        unseen: float | None = None
-        if wanted:
-            nll = self.model.calibrate(batch.features for batch in self.supply.normal())
-            unseen = bits_per_dim(nll, 1) if self.config.data.holdout else None
-        result = self.evaluate(self.model) if wanted else None
+        likelihood = self._calibrate()  # every checkpoint that is written is calibrated
+        result = self.evaluate(self.detector) if wanted else None
         improved = self._note_best(result, epoch + 1) if result else False
         mean = asdict(result.mean) if result else None
-        held_out = {} if unseen is None else {"held_out": {"bits_per_dim": unseen}}
-        log.write({"epoch": epoch + 1, "train": asdict(stats), "codebooks": usage, **held_out, "test": mean})
+        name = LIKELIHOOD[self.config.model.objective]
+        log.write({"epoch": epoch + 1, "train": asdict(stats), name: likelihood, "codebooks": usage, "test": mean})
         self._save(epoch + 1, improved)  # after the log: a resumed run drops entries that no checkpoint covers
-        print(progress_line(self.config, epoch + 1, stats, unseen, result))
+        print(progress_line(self.config, epoch + 1, stats, likelihood, result))
         return result
+
+    def _calibrate(self) -> dict[str, float]:
+        """Units from held-out images, or from training images that do not meet themselves in the memory.
+
+        The noise-free negative log-likelihood of both kinds, in eval mode: by `LIKELIHOOD`.
+        """
+        training = (batch.features for batch in self.supply.sample())
+        if self.supply.held_out is None:
+            found = {"train": self.detector.calibrate(training, own=False)}
+        else:
+            held_out = (batch.features for batch in self.supply.held_out())
+            found = {"train": self.detector.nll_per_dim(training), "held_out": self.detector.calibrate(held_out)}
+        exact = self.config.model.objective == "likelihood"
+        return {kind: bits_per_dim(nll) if exact else nll for kind, nll in found.items()}
 
     def _note_best(self, result: EvalResult, epoch: int) -> bool:
         """Keep each metric's best value; whether the mean image AUROC is the best so far."""
@@ -237,7 +279,9 @@ class Trainer:
 
     def _save(self, epoch: int, improved: bool) -> None:
         content = self.identity | {
-            "config": to_dict(self.config), "epoch": epoch, "model": self.model.state_dict(), "best_on_test": self.best,
+            "config": to_dict(self.config), "epoch": epoch, "model": self.flow.state_dict(),
+            "scorer": {"rule": self.detector.scorer.rule.plain(), "state": self.detector.scorer.state_dict()},
+            "best_on_test": self.best,
         }  # fmt: skip
         if improved:
             write_checkpoint(self.folder / BEST, content)
@@ -247,7 +291,9 @@ class Trainer:
 
     def _restore(self, saved: dict[str, Any]) -> int:
         """Everything that the next step depends on; the number of finished meta epochs."""
-        load_strictly(self.model, saved["model"], "--resume")
+        load_strictly(self.flow, saved["model"], "--resume")
+        scorer = load_scorer(saved, self.config.model, self.flow.channels, "--resume")
+        self.detector.scorer = scorer.to(next(self.flow.parameters()).device)
         self.optimizer.load_state_dict(saved["optimizer"])
         restore_random_state(saved["random"])
         self.best = saved["best_on_test"]
@@ -273,50 +319,62 @@ def run_training(config: Config) -> Path:
     parts: list[EvalResult] = []
     pages: dict[str, ClassPage] = {}
     best: dict[str, dict[str, float]] | None = None
-    for group, (_, test_set), (_, normal), source in zip(groups, prepared, splits, sources, strict=True):
+    for group, (_, test_set), (kept, normal), source in zip(groups, prepared, splits, sources, strict=True):
         own = own_folder(folder, config, group)
         own.mkdir(exist_ok=True)
         if not config.data.multi_class:
             print(f"class {printable(group[0])}")
-        model = stage.build_model()
-        fitted = fit_group(stage, model, group, source, (normal, test_set), own)
+        detector = stage.build_detector()
+        fitted = fit_group(stage, detector, group, source, (kept, normal, test_set), own)
         parts.append(fitted.last)
         best = fitted.best_on_test if config.data.multi_class else None
-        save_pictures(stage, model, test_set, group, folder / "pictures")
-        pages |= report_pages(stage, model, (normal, test_set), fitted.last, len(class_names))
+        save_pictures(stage, detector, test_set, group, folder / "pictures")
+        pages |= report_pages(stage, detector, (normal, test_set), fitted.last, len(class_names))
     finish(folder, config, parts, best, pages)
     return folder
 
 
 def fit_group(
     stage: Stage,
-    model: VQFlow,
+    detector: Detector,
     group: tuple[str, ...],
     source: Source,
-    others: tuple[ImageFolder, ImageFolder],
+    others: tuple[ImageFolder, ImageFolder, ImageFolder],
     folder: Path,
 ) -> FitResult:
-    """Train one model on the classes of `group`, from its checkpoint on if the run is resumed.
+    """Train one detector on the classes of `group`, from its checkpoint on if the run is resumed.
 
-    `others` are the normal images that calibrate, and the test images.
+    `others` are the training images, the normal images that calibrate, and the test images.
     """
-    config = stage.config
-    normal_source, test_source = (stage.test_features(dataset) for dataset in others)
-    total = config.train.meta_epochs * config.train.sub_epochs
+    config, (kept, normal, test_set) = stage.config, others
+    test_source = stage.ordered_features(test_set)
+
+    def evaluation(detector: Detector) -> EvalResult:
+        batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
+        return evaluate(detector, batches, group, config.eval)
+
+    supply = supply_of(stage, source, kept, normal if config.data.holdout else None)
+    own = identity(stage, group, kept.readings)
+    trainer = Trainer(config, detector, supply=supply, evaluate=evaluation, folder=folder, identity=own)
+    return trainer.fit(saved_state(stage, group, folder, kept.readings))
+
+
+def supply_of(stage: Stage, source: Source, kept: ImageFolder, held_out: ImageFolder | None) -> Supply:
+    """Features of the images `kept` for training, shuffled by `source`, and of those that are held out."""
+    if stage.config.model.memory and held_out is None and min(stage.config.model.memory, len(kept)) < 2:
+        raise UsageError("--memory: an image alone cannot be compared with others; use more images, or --holdout")
+    total = stage.config.train.meta_epochs * stage.config.train.sub_epochs
+    everything, sample = stage.ordered_features(kept), stage.ordered_features(kept, evenly_spread(kept))
+    unseen = stage.ordered_features(held_out) if held_out is not None else None
 
     def training(sub: int) -> Iterable[FeatureBatch]:
-        title = "first look" if sub == FIRST_LOOK else f"sub epoch {sub + 1}/{total}"
-        return tqdm(source.epoch(max(sub, 0)), total=len(source), desc=title, leave=False)
+        return tqdm(source.epoch(sub), total=len(source), desc=f"sub epoch {sub + 1}/{total}", leave=False)
 
-    def evaluation(model: VQFlow) -> EvalResult:
-        batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
-        return evaluate(model, batches, group, config.eval, size=config.score_size, amp=config.train.amp_enable)
-
-    supply = Supply(training=training, steps=len(source), normal=lambda: normal_source.epoch(0))
-    readings = others[0].readings
-    own = identity(stage, group, readings)
-    trainer = Trainer(config, model, supply=supply, evaluate=evaluation, folder=folder, identity=own)
-    return trainer.fit(saved_state(stage, group, folder, readings))
+    return Supply(
+        training=training, steps=len(source), images=len(kept), sample=lambda: sample.epoch(0),
+        everything=lambda: tqdm(everything.epoch(0), total=len(everything), desc="first look", leave=False),
+        held_out=None if unseen is None else lambda: unseen.epoch(0),
+    )  # fmt: skip
 
 
 def own_folder(folder: Path, config: Config, group: tuple[str, ...]) -> Path:
@@ -356,16 +414,14 @@ def saved_state(
 
 
 def progress_line(
-    config: Config, epoch: int, stats: EpochStats, unseen: float | None, result: EvalResult | None
+    config: Config, epoch: int, stats: EpochStats, likelihood: Mapping[str, float], result: EvalResult | None
 ) -> str:
-    """One line for a finished meta epoch; `loc_eval` and `pro_eval` choose which metrics it shows.
-
-    `unseen` are the bits per dimension of held-out images, None if there are none.
-    """
+    """One line for a finished meta epoch; `loc_eval` and `pro_eval` choose which metrics it shows."""
     last = config.train.meta_epochs
-    line = f"meta epoch {epoch}/{last}  loss {stats.loss:.4g}  {stats.bits_per_dim:.3f} bits/dim"
-    if unseen is not None:
-        line += f" (held out: {unseen:.3f})"
+    words = LIKELIHOOD[config.model.objective].replace("_per_", "/")
+    line = f"meta epoch {epoch}/{last}  loss {stats.loss:.4g}  {words} {likelihood['train']:.3f}"
+    if "held_out" in likelihood:
+        line += f" (held out: {likelihood['held_out']:.3f})"
     if result is None:
         return line
     line += f"  image AUROC {100 * result.mean.image_auroc:.1f}"

@@ -135,16 +135,23 @@ def tell_readings(readings: Mapping[str, Reading]) -> None:
             print(printable(f"{whose}: {reading}"))
 
 
+def evenly_spread(dataset: ImageFolder, share: float = 0.0) -> tuple[int, ...]:
+    """Numbers of some images of each class at equal distances: a `share` of them, one at least; without a share at
+    most `CALIBRATION`."""
+    chosen: list[int] = []
+    for index in sorted({item.class_index for item in dataset.items}):
+        numbers = [n for n, item in enumerate(dataset.items) if item.class_index == index]
+        count = max(round(share * len(numbers)), 1) if share else min(CALIBRATION, len(numbers))
+        chosen += [numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)]
+    return tuple(chosen)
+
+
 def split_holdout(train: ImageFolder, share: float) -> tuple[ImageFolder, ImageFolder]:
     """Training images, and a `share` of each class (one at least) at equal distances that is kept out of training.
 
     Without a share: all images, and for calibration some of them, at most `CALIBRATION` of each class.
     """
-    chosen: set[int] = set()
-    for index in sorted({item.class_index for item in train.items}):
-        numbers = [n for n, item in enumerate(train.items) if item.class_index == index]
-        count = max(round(share * len(numbers)), 1) if share else min(CALIBRATION, len(numbers))
-        chosen |= {numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)}
+    chosen = set(evenly_spread(train, share))
     held = [item for n, item in enumerate(train.items) if n in chosen]
     kept = [item for n, item in enumerate(train.items) if n not in chosen] if share else list(train.items)
     if not kept:

@@ -10,8 +10,7 @@ from PIL import Image
 
 from datasets import build_datasets, resolve_classes, resolve_root
 from datasets.folder import ImageFolder
-from datasets.loaders import EpochSampler, resolve_workers, train_loader
-from datasets.loaders import test_loader as ordered_loader
+from datasets.loaders import EpochSampler, ordered_loader, resolve_workers, train_loader
 from datasets.masks import load_mask
 from datasets.transforms import load_image, to_picture
 from datasets.walk import natural

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +16,9 @@ from torch import Tensor
 from default import ModelConfig, from_dict, to_dict
 from fake_data import METHOD, TINY, make_mvtec, make_visa_original, make_visa_rearranged
 from main import main
+from models.extractor import IMAGENET, FrozenExtractor
 from models.official import load_official
+from models.scorer import Scorer
 from models.vqflow import VQFlow
 from utils.metrics import METRICS
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
@@ -307,7 +308,7 @@ def official_style(model: VQFlow) -> dict[str, Any]:
     for key, value in model.state_dict().items():
         rule = next(((a, b) for a, b in rules if re.fullmatch(a, key)), None)
         if rule is None:
-            assert re.fullmatch(r"(mean|std)_\d|surprise_(mean|std)", key), key
+            assert re.fullmatch(r"(mean|std)_\d", key), key
             continue
         part, name = re.sub(*rule, key).split()
         turned = name.split(".")[-1] in ("embed", "embed_avg")
@@ -328,7 +329,12 @@ def test_official_checkpoints_are_recognised(place: Path, live: Path, capsys: py
     model = VQFlow(config, ours["channels"]).eval()
     settings["train"] |= {"noise": 0.0}
     settings["eval"] |= {"image_score": "mul", "pixel_score": "add"}
-    write_checkpoint(place / "ours.pt", ours | {"config": settings, "model": model.state_dict()})
+    extractor = FrozenExtractor("tf_efficientnet_lite0", input_size=64, normalization=IMAGENET)
+    scorer = Scorer(channels=ours["channels"], memory=False)
+    write_checkpoint(place / "ours.pt", ours | {
+        "config": settings, "model": model.state_dict(), "normalization": [list(v) for v in IMAGENET],
+        "scorer": {"rule": scorer.rule.plain(), "state": scorer.state_dict()}, "extractor": extractor.fingerprint(),
+    })  # fmt: skip
     torch.save(official_style(model), place / "official.pt")
     assert same(load_official(place / "official.pt", config, ours["channels"]).state_dict(), model.state_dict())
     for name in ("ours", "official"):
@@ -341,19 +347,3 @@ def test_official_checkpoints_are_recognised(place: Path, live: Path, capsys: py
     asked = ["--mode", "test", "--eval_ckpt", str(place / "official.pt"), "--k-cspc", "16"]
     assert main(command(place, "refused", *METHOD, *asked)) == 2
     assert re.fullmatch(r"main.py: error: \S*official.pt: made with other options .*\n", capsys.readouterr().err)
-
-
-# --- export
-
-
-def test_an_exported_model_scores_as_the_original(place: Path, live: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runtime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
-    assert main(["--mode", "export", "--eval_ckpt", str(live)]) == 0
-    assert "model.onnx: image (B, 3, 64, 64) -> map, score; off by" in capsys.readouterr().out
-    session = runtime.InferenceSession(str(live / "model.onnx"))
-    image = np.random.default_rng(0).normal(size=(5, 3, 64, 64)).astype(np.float32)
-    maps, scores = session.run(None, {"image": image})
-    assert maps.shape == (5, 64, 64)
-    np.testing.assert_allclose(session.run(None, {"image": image[2:3]})[1], scores[2:3], rtol=1e-4)
-    assert main(["--mode", "export"]) == 2
-    assert "--eval_ckpt: expected a checkpoint" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def features(batch: int = 3, seed: int = 1, dtype: torch.dtype = torch.float32) 
 
 def outcome(model: VQFlow, pooled: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Loss, latents and all gradients of one step."""
-    output = model.forward_pooled(pooled)
+    output = model(pooled)
     loss = loss_terms(output, 1.0).total
     loss.backward()
     values = {f"latent {i}": z.detach() for i, z in enumerate(output.latents)} | {"loss": loss.detach()}
@@ -153,13 +153,13 @@ def test_a_last_smaller_group_is_a_step_of_its_own_mean() -> None:
 def test_bfloat16_keeps_sums_and_determinants_in_float32() -> None:
     model, exact = build(), build()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model.forward_pooled(features())
+        output = model(features())
     assert {z.dtype for z in output.latents} == {torch.float32}
     assert {output.log_det.dtype, output.commitment.dtype, output.nll.dtype} == {torch.float32}
     assert {j.dtype for j in output.local_log_det} == {torch.float32}
     loss_terms(output, 1.0).total.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    torch.testing.assert_close(output.nll, exact.forward_pooled(features()).nll, rtol=0.05, atol=1.0)
+    torch.testing.assert_close(output.nll, exact(features()).nll, rtol=0.05, atol=1.0)
 
 
 def test_autocast_only_where_it_is_native() -> None:

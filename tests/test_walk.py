@@ -11,7 +11,7 @@ from PIL import Image
 from datasets import build_datasets, present_classes
 from datasets.cache import cache_key
 from datasets.folder import ImageFolder
-from datasets.loaders import test_loader as ordered_loader
+from datasets.loaders import ordered_loader
 from datasets.walk import image_files, suffixes
 from default import DataConfig, UsageError
 from fake_data import make_mvtec, make_visa_original, picture, save

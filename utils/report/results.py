@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from default import Config, to_dict
+from default import CALIBRATED, Config, to_dict
 from utils.metrics import METRICS, NAN, ClassResult, mean_results, nanmean
 from utils.metrics.bootstrap import Intervals
 from utils.metrics.concepts import Agreement
@@ -139,6 +139,8 @@ def notes_of(results: Results) -> list[str]:
         f"scores: image metrics from {config.eval.image_score}, pixel metrics from {config.eval.pixel_score}, AUPRO "
         f"from {config.eval.pro_score}; maps and masks at {config.score_size} x {config.score_size}; {made}"
     ]
+    if not config.data.holdout and set(scores_of(config).values()) & set(CALIBRATED):
+        notes.append("units from images that were trained on (no --holdout): unseen normal images look stranger")
     if found := results.concepts:
         notes.append(
             f"concepts: {found.used} of {config.model.k_cpc} used on the test images, purity {found.purity:.2f}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -42,6 +43,20 @@ def autocast(device: torch.device, enabled: bool) -> AbstractContextManager:
     if not enabled or not has_bfloat16(device):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products in full single precision: TensorFloat-32 keeps 10 bits, too few to tell which vector is nearest."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    if device.type == "cuda":
+        matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            matmul.allow_tf32 = before
 
 
 def check_compiler(device: torch.device) -> None:

@@ -1,0 +1,83 @@
+"""Flow and scorer together: features of images in, what they say of the images out. The one scoring path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from models.scorer import ScoreMaps, Scorer, Units
+from models.vqflow import VQFlow, VQFlowOutput
+from utils.run.device import autocast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What is said of a batch: the flow's `output`, and `maps` at one size."""
+
+    output: VQFlowOutput
+    maps: ScoreMaps
+
+
+class Detector(nn.Module):
+    """All that judges an image, without the extractor.
+
+    Args:
+        flow: trained, or about to be.
+        scorer: its units and its memory.
+        size: side of score maps.
+        amp: bfloat16 where the device has units for it.
+    """
+
+    def __init__(self, flow: VQFlow, scorer: Scorer, *, size: int, amp: bool = False) -> None:
+        super().__init__()
+        self.flow, self.scorer, self.size, self.amp = flow, scorer, size, amp
+
+    @torch.no_grad()
+    def judge(self, kept: Sequence[Tensor], *, own: bool = True) -> Judgement:
+        """Features as `VQFlow.keep` gives them -> `Judgement`; put it into eval mode first.
+
+        Without `own` an image's own features in the memory do not count (see `Memory.forward`).
+        """
+        with autocast(kept[0].device, self.amp):
+            output = self.flow(kept)
+            opinions = partial(self._opinions, output, kept, own)
+        maps = ScoreMaps(output.latents, self.size, output.local_log_det, opinions, self.scorer.rule)
+        return Judgement(output=output, maps=maps)
+
+    @torch.no_grad()
+    def _opinions(self, output: VQFlowOutput, kept: Sequence[Tensor], own: bool) -> list[Tensor]:
+        return self.scorer.opinions(output, self.flow.standardize(kept), own=own)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Sequence[Tensor]], *, own: bool = True) -> float:
+        """Learn from batches of kept features of normal images, unseen ones at best, what opinions are usual.
+
+        Without `own` they are images that the memory holds, which they must not meet in it.
+
+        Returns their mean negative log-likelihood per dimension, in nats, without the constant 1/2 ln(2 pi).
+        """
+        units, nll = Units(len(self.scorer.weights)), []
+        for kept, output in self._looked_at(batches):
+            units.add(self.scorer.raw_opinions(output, self.flow.standardize(kept), own=own))
+            nll.append(output.nll_per_dim)
+        self.scorer.set_units(units)
+        return float(torch.cat(nll).mean())
+
+    @torch.no_grad()
+    def nll_per_dim(self, batches: Iterable[Sequence[Tensor]]) -> float:
+        """Mean negative log-likelihood per dimension of images, as `calibrate` returns it: in eval mode, no noise."""
+        return float(torch.cat([output.nll_per_dim for _, output in self._looked_at(batches)]).mean())
+
+    def _looked_at(self, batches: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Sequence[Tensor], VQFlowOutput]]:
+        """Each batch with the flow's output in eval mode; afterwards the mode is as it was."""
+        was_training = self.training
+        self.eval()
+        for kept in batches:
+            with autocast(kept[0].device, self.amp):
+                output = self.flow(kept)
+            yield kept, output
+        self.train(was_training)
