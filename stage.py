@@ -214,9 +214,16 @@ def normalization_of(content: dict[str, Any]) -> Normalization:
 
 
 def image_readings(content: dict[str, Any], class_names: Sequence[str]) -> dict[str, Reading]:
-    """How a checkpoint's model reads the images of each class; version 1.0 did not say."""
+    """How a checkpoint's model reads the images of each class; version 1.0 did not say.
+
+    Raises:
+        UsageError: a newer version wrote it.
+    """
     saved = content.get("readings", {})
-    return {n: Reading.from_plain(saved[n]) if n in saved else RELEASED for n in class_names}
+    try:
+        return {n: Reading.from_plain(saved[n]) if n in saved else RELEASED for n in class_names}
+    except (TypeError, AttributeError) as error:
+        raise UsageError("--eval_ckpt: the model reads images in a way that this version does not know") from error
 
 
 def load_detector(content: dict[str, Any], stage: Stage, name: str) -> Detector:

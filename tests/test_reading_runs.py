@@ -84,9 +84,12 @@ def test_a_checkpoint_reads_as_it_was_trained(trained: Path, capsys: pytest.Capt
     assert "--bit-depth: the model reads images of" in capsys.readouterr().err
     assert run("--data-path", str(trained / "data"), "--work-dir", str(trained / "runs"), "--name", "one", "--resume",
                "--pictures", "9", "--bit-depth", "16") == 2  # fmt: skip
-    content.pop("readings")
     old = trained / "runs" / "old"
     old.mkdir()
+    torch.save(content | {"readings": {"pill": {"hue": 3}}}, old / "last.pt")
+    assert evaluated(trained, "old", checkpoint="old") == 2
+    assert "--eval_ckpt: the model reads images in a way that this version does not know" in capsys.readouterr().err
+    content.pop("readings")
     torch.save(content, old / "last.pt")
     assert evaluated(trained, "old", checkpoint="old") == 0
     assert "all classes: as version 1.0 did" in capsys.readouterr().out
