@@ -25,6 +25,9 @@ VISA_CLASSES = (
 )  # fmt: skip
 DATASETS = ("mvtec", "visa", "folder", "sample")
 PUBLISHED = ("mvtec", "visa")  # data sets that others have published figures of
+GOOD_NAMES = (
+    "good", "ok", "okay", "normal", "nominal", "pass", "passed", "healthy", "clean", "defect_free", "no_defect",
+)  # fmt: skip
 SCORES = ("mul", "add", "likelihood", "surprise", "contrast")
 ABSOLUTE = ("likelihood", "surprise", "contrast")  # scores by which images can be compared
 CALIBRATED = ("surprise", "contrast")  # scores in units of what normal images have
@@ -87,6 +90,24 @@ class DataConfig(Part):
     class_names: tuple[str, ...] = option(("all",), "one class, several, or all")
     multi_class: bool = option(False, "one model for all classes instead of one model per class")
     input_size: int = option(384, "side in pixels to which images are resized", low=32, high=4096)
+    bit_depth: int | None = option(
+        None,
+        "bits of integer images that have more than 8 per channel (default: the least of 8, 10, 12, 14, 16, 20, 24 and "
+        "32 that hold a class's training images)",
+        low=8,
+        high=32,
+    )
+    float_range: tuple[float, ...] | None = option(
+        None, "black and white of floating-point images: two values (default: what suits a class's training images)"
+    )
+    background: str = option(
+        "auto",
+        "what transparent images are laid on; auto: per class, the one that is farther from its visible pixels",
+        choices=("auto", "white", "black"),
+    )
+    max_pixels: int = option(178_956_970, "most pixels that an image may have; more are taken for a mistake", low=1)
+    good_names: tuple[str, ...] = option(GOOD_NAMES, "folders of good images, whatever the case")
+    trust_masks: bool = option(False, "take masks as they are: inverted or empty ones, and those of another shape, too")
     limit: int | None = option(None, "use at most this many images per class and kind, for a quick look", low=1)
     holdout: float = option(
         0.0,
@@ -107,6 +128,12 @@ class DataConfig(Part):
     pre_extract: bool = option(
         False, "insist on a cache: refuse to run if the features do not fit, where --cache auto would do without"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        span = self.float_range
+        if span is not None and (len(span) != 2 or not span[0] < span[1]):
+            raise UsageError(f"--float-range: expected black and a higher white, but got {' '.join(map(str, span))}")
 
 
 @dataclass(frozen=True, kw_only=True)

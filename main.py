@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from default import PARTS, PRESETS, Config, UsageError, __version__, expect, flag_of, make_config, to_dict
+from utils.run.text import printable
 
 DESCRIPTION = "Train one VQ-Flow anomaly detector for all classes, evaluate it, and reproduce the paper's tables."
 
@@ -169,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
+        print(printable(f"main.py: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last finished meta epoch", file=sys.stderr)

@@ -16,6 +16,7 @@ from datasets.cache import FeatureSize, cache_key, check_space, make_store, to_h
 from datasets.features import CachedFeatures, LiveFeatures
 from datasets.folder import ImageFolder
 from datasets.loaders import ordered_loader, resolve_workers, train_loader
+from datasets.reading import RELEASED, Reading
 from default import (
     CALIBRATED,
     SCORES,
@@ -210,6 +211,19 @@ def normalization_of(content: dict[str, Any]) -> Normalization:
     """Mean and deviation that the images of a checkpoint's model were normalised with."""
     mean, std = content.get("normalization", IMAGENET)  # official ones hold none
     return tuple(mean), tuple(std)
+
+
+def image_readings(content: dict[str, Any], class_names: Sequence[str]) -> dict[str, Reading]:
+    """How a checkpoint's model reads the images of each class; version 1.0 did not say.
+
+    Raises:
+        UsageError: a newer version wrote it.
+    """
+    saved = content.get("readings", {})
+    try:
+        return {n: Reading.from_plain(saved[n]) if n in saved else RELEASED for n in class_names}
+    except (TypeError, AttributeError) as error:
+        raise UsageError("--eval_ckpt: the model reads images in a way that this version does not know") from error
 
 
 def load_detector(content: dict[str, Any], stage: Stage, name: str) -> Detector:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import build_datasets, resolve_classes, split_holdout
+from datasets import build_datasets, present_classes, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from datasets.transforms import to_picture
-from default import ABSOLUTE, Config, EvalConfig, to_dict
+from default import ABSOLUTE, Config, EvalConfig, UsageError, to_dict
 from models.detector import Detector
 from models.scorer import image_scores
-from stage import Stage, find_checkpoints, load_detector, normalization_of, settled_config
+from stage import Stage, find_checkpoints, image_readings, load_detector, normalization_of, settled_config
 from utils.metrics import ClassAccumulator, ClassResult, mean_results
 from utils.metrics.bootstrap import bootstrap
 from utils.metrics.concepts import agreement
@@ -159,7 +159,7 @@ def save_pictures(
         for number, image, mask, score in zip(numbers, views.images, views.masks, scores, strict=True):
             item = dataset.items[number]
             picture = triptych(image, score, mask, low=low, high=high)
-            save_picture(folder / class_names[index] / f"{item.kind}_{item.path.stem}.jpg", picture)
+            save_picture(folder / class_names[index] / f"{item.kind}_{item.name.replace('/', '_')}.jpg", picture)
             count += 1
     return count
 
@@ -190,6 +190,22 @@ def finish(
     print("\n".join(lines))  # when all is written
 
 
+def on_classes_there(content: dict[str, Any], config: Config, chosen: dict[str, Any]) -> Config | None:
+    """Unless classes were asked for by name: those of a checkpoint's classes that the data set holds, None if none.
+
+    Raises:
+        UsageError: a class was asked for that the checkpoint does not have.
+    """
+    own, asked = content.get("classes"), chosen.get("class_names", ("all",))
+    if own is None:  # an official checkpoint names none
+        return config
+    for name in asked:
+        if name not in ("all", *own):
+            raise UsageError(f"--class-names: the model has no class {name!r}; choose from all, {', '.join(own)}")
+    names = present_classes(config.data, own) if "all" in asked else config.data.class_names
+    return replace(config, data=replace(config.data, class_names=names)) if names else None
+
+
 def run_test(config: Config, chosen: dict[str, Any]) -> None:
     """Evaluate a checkpoint, or all single-class checkpoints of a run folder.
 
@@ -204,9 +220,13 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
     paths = find_checkpoints(Path(config.eval.eval_ckpt), config.data.class_names)
     for path in paths:
         content = read_checkpoint(path)
-        own = settled_config(content, config, chosen, str(path))
+        settled = on_classes_there(content, settled_config(content, config, chosen, str(path)), chosen)
+        if settled is None:
+            continue
+        own = settled
         class_names = resolve_classes(own.data)
-        train, test = build_datasets(own.data, class_names, own.score_size)
+        readings = image_readings(content, class_names)
+        train, test = build_datasets(own.data, class_names, own.score_size, readings)
         stage = Stage(own, normalization_of(content))
         detector = load_detector(content, stage, str(path))
         source = stage.ordered_features(test)
@@ -216,7 +236,8 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         normal = split_holdout(train, own.data.holdout)[1]
         save_pictures(stage, detector, test, class_names, folder / "pictures")
         pages |= report_pages(stage, detector, (normal, test), parts[-1], len(class_names) * len(paths))
-    assert folder is not None
+    if folder is None:
+        raise UsageError(f"--data-path: no class of {config.eval.eval_ckpt} is there")
     own = replace(own, data=replace(own.data, class_names=tuple(n for part in parts for n in part.classes)))
     write_config(folder, own)
     finish(folder, own, parts, None, pages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from datasets import build_datasets, evenly_spread, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
+from datasets.reading import Reading
 from default import Config, TrainConfig, UsageError, to_dict
 from models.detector import Detector
 from models.loss import loss_terms
@@ -33,6 +34,7 @@ from utils.run.log import RunLog, optional
 from utils.run.profile import traced
 from utils.run.schedule import learning_rate
 from utils.run.seed import random_state, restore_random_state
+from utils.run.text import printable
 
 LAST, BEST = "last.pt", "best_on_test.pt"
 SEED_IMAGES = 512  # images in which the codes are placed at the start
@@ -309,8 +311,8 @@ def run_training(config: Config) -> Path:
     sources = [stage.training_features(kept) for kept, _ in splits]  # a batch larger than the data ends here
     folder = resumed_run(config) if config.train.resume else None
     if folder is not None:
-        for group in groups:  # all checkpoints are looked at before anything is written
-            saved_state(stage, group, own_folder(folder, config, group))
+        for group, (kept, _) in zip(groups, prepared, strict=True):  # before anything is written
+            saved_state(stage, group, own_folder(folder, config, group), kept.readings)
     folder = folder or new_run(config)
     write_config(folder, config)
     print(f"{len(class_names)} classes, {sum(len(kept) for kept, _ in splits)} training images; run folder: {folder}")
@@ -321,7 +323,7 @@ def run_training(config: Config) -> Path:
         own = own_folder(folder, config, group)
         own.mkdir(exist_ok=True)
         if not config.data.multi_class:
-            print(f"class {group[0]}")
+            print(f"class {printable(group[0])}")
         detector = stage.build_detector()
         fitted = fit_group(stage, detector, group, source, (kept, normal, test_set), own)
         parts.append(fitted.last)
@@ -352,10 +354,9 @@ def fit_group(
         return evaluate(detector, batches, group, config.eval)
 
     supply = supply_of(stage, source, kept, normal if config.data.holdout else None)
-    trainer = Trainer(
-        config, detector, supply=supply, evaluate=evaluation, folder=folder, identity=identity(stage, group)
-    )
-    return trainer.fit(saved_state(stage, group, folder))
+    own = identity(stage, group, kept.readings)
+    trainer = Trainer(config, detector, supply=supply, evaluate=evaluation, folder=folder, identity=own)
+    return trainer.fit(saved_state(stage, group, folder, kept.readings))
 
 
 def supply_of(stage: Stage, source: Source, kept: ImageFolder, held_out: ImageFolder | None) -> Supply:
@@ -381,16 +382,18 @@ def own_folder(folder: Path, config: Config, group: tuple[str, ...]) -> Path:
     return folder if config.data.multi_class else folder / group[0]
 
 
-def identity(stage: Stage, group: tuple[str, ...]) -> dict[str, Any]:
+def identity(stage: Stage, group: tuple[str, ...], readings: Sequence[Reading]) -> dict[str, Any]:
     """What a checkpoint belongs to, beside its config."""
     mean, std = stage.extractor.normalization
     return {
         "classes": list(group), "channels": list(stage.extractor.channels), "normalization": [list(mean), list(std)],
-        "extractor": stage.fingerprint,
+        "extractor": stage.fingerprint, "readings": {n: r.plain() for n, r in zip(group, readings, strict=True)},
     }  # fmt: skip
 
 
-def saved_state(stage: Stage, group: tuple[str, ...], folder: Path) -> dict[str, Any] | None:
+def saved_state(
+    stage: Stage, group: tuple[str, ...], folder: Path, readings: Sequence[Reading]
+) -> dict[str, Any] | None:
     """The checkpoint that a resumed run goes on from, None if there is none (yet).
 
     Raises:
@@ -402,7 +405,7 @@ def saved_state(stage: Stage, group: tuple[str, ...], folder: Path) -> dict[str,
     saved = read_checkpoint(path, "--resume")
     if not {"config", "epoch", "model", "optimizer", "random", "best_on_test"} <= saved.keys():
         raise UsageError(f"--resume: {path} is not a checkpoint that training can go on from")
-    expected = identity(stage, group) | {"settings": to_dict(config)["model"]}
+    expected = identity(stage, group, readings) | {"settings": to_dict(config)["model"]}
     found = saved | {"settings": saved["config"]["model"]}
     for name, value in expected.items():
         if found.get(name) != value:

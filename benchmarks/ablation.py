@@ -29,7 +29,7 @@ from main import parse
 from models.detector import Detector
 from models.scorer import ScoreMaps, ScoreRule, image_scores
 from models.vqflow import VQFlowOutput
-from stage import Stage, load_detector, normalization_of, settled_config
+from stage import Stage, image_readings, load_detector, normalization_of, settled_config
 from test import by_class
 from train import run_training
 from utils.metrics import METRICS, ClassAccumulator, mean_results
@@ -127,7 +127,8 @@ def readings_of(folder: Path, chosen: dict[str, Reading], work_dir: str) -> dict
     stage = Stage(config, normalization_of(content))
     detector = load_detector(content, stage, str(path))
     names = config.data.class_names
-    test_set = build_datasets(config.data, names, config.score_size)[1]
+    with redirect_stdout(sys.stderr):
+        test_set = build_datasets(config.data, names, config.score_size, image_readings(content, names))[1]
     found = {title: [ClassAccumulator() for _ in names] for title in chosen}
     for batch in stage.ordered_features(test_set).epoch(0):
         judgement = detector.judge(batch.features)

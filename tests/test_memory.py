@@ -273,7 +273,7 @@ def test_a_rule_survives_a_checkpoint() -> None:
 def folder_of(counts: tuple[int, ...]) -> ImageFolder:
     names = [(c, n) for c, count in enumerate(counts) for n in range(count)]
     items = [
-        Item(path=f"{c}_{n}.png", mask_path=None, label=0, class_index=c, kind="good")  # type: ignore[arg-type]
+        Item(path=f"{c}_{n}.png", mask_path=None, label=0, class_index=c, kind="good", name=f"{n}")  # type: ignore[arg-type]
         for c, n in names
     ]
     return ImageFolder(items, 32)

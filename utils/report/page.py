@@ -20,6 +20,7 @@ from utils.report.gallery import ImageResult, Look, NormalRange, Picture, f1_thr
 from utils.report.plots import ramp
 from utils.report.tables import COLUMNS, MEAN, TITLES, percent, values
 from utils.run.log import read_lines
+from utils.run.text import printable
 
 PAGE = Path(__file__).parent / "templates"
 MOST_CONCEPTS = 64  # columns of the concept matrix
@@ -121,7 +122,8 @@ def write_report(path: Path, report: Report) -> None:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters |= {"percent": percent, "number": number, "jpeg": data_uri}
-    path.write_text(environment.get_template("report.html").render(content(report)), encoding="utf-8")
+    page = environment.get_template("report.html").render(content(report))
+    path.write_text(printable(page), encoding="utf-8")
 
 
 def content(report: Report) -> dict[str, Any]:
@@ -184,10 +186,10 @@ def class_rows(classes: Mapping[str, ClassPage]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def missing(results: Mapping[str, ClassResult]) -> list[tuple[str, str]]:
-    """Metrics that some classes do not have, and those classes' names."""
+def missing(results: Mapping[str, ClassResult]) -> list[tuple[str, str, int]]:
+    """Metrics that some classes do not have, those classes' names, and how many classes are left for the mean."""
     gaps = [(TITLES[m], [n for n, r in results.items() if getattr(r, m) != getattr(r, m)]) for m in METRICS]
-    return [(title, ", ".join(names)) for title, names in gaps if names]
+    return [(title, ", ".join(names), len(results) - len(names)) for title, names in gaps if names]
 
 
 def curve_charts(report: Report) -> dict[str, Markup]:

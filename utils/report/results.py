@@ -29,6 +29,7 @@ from utils.report.tables import (
     write_all,
 )  # fmt: skip
 from utils.run.log import plain
+from utils.run.text import printable
 
 OURS = "this run"
 Best = Mapping[str, Mapping[str, float]]
@@ -151,7 +152,10 @@ def notes_of(results: Results) -> list[str]:
     for metric, names in left_out(results.classes).items():
         groups.setdefault(tuple(names), []).append(TITLES[metric])
     for lacking, titles in groups.items():
-        notes.append(f"{', '.join(titles)}: not defined for {', '.join(lacking)}, left out of the mean")
+        count, total = len(results.classes) - len(lacking), len(results.classes)
+        notes.append(
+            f"{', '.join(titles)}: not defined for {', '.join(lacking)}; the mean is over {count} of {total} classes"
+        )
     if results.intervals:
         notes.append(
             f"in brackets: 95 % intervals, {results.intervals.resamples} resamples of the test images, good and "
@@ -210,4 +214,4 @@ def write_results(folder: Path, results: Results) -> str:
         theirs = [(n, {**row, "note": note}) for n, row, note in comparison_rows(results.config.data.dataset)]
         columns = [*(c for c in COLUMNS if c != "mad"), "note"]
         write_all(folder, "published", {"csv": csv_text([ours, *theirs], columns, first="method")})
-    return terminal_page(tables, notes)
+    return printable(terminal_page(tables, notes))
