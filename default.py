@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 __version__ = "1.0.0"
 
@@ -37,12 +38,28 @@ class UsageError(ValueError):
     """A mistake of the user's: main.py prints its one line and leaves with status 2."""
 
 
-def option(default: Any, text: str, *, choices: tuple = (), low: float | None = None, high: float | None = None) -> Any:
+Bind = Literal["model", "data", "run", "result", "free"]
+"""What a setting is part of, and so who may have it otherwise:
+
+model   what a checkpoint's weights mean: a checkpoint fixes it
+data    the images that the model was trained and its scores were calibrated on: a checkpoint fixes it
+run     how a run trains and evaluates: a resumed run keeps it, the evaluation of a checkpoint may choose
+result  how far a run goes and where its files lie: a resumed run may choose, too, but it tells two results apart
+free    changes no result
+"""
+FIXED: tuple[Bind, ...] = ("model", "data")  # by a checkpoint: for --mode test and export
+KEPT: tuple[Bind, ...] = (*FIXED, "run")  # by a run folder: for --resume
+
+
+def option(
+    default: Any, text: str, *, binds: Bind, choices: tuple = (), low: float | None = None, high: float | None = None
+) -> Any:
     """A dataclass field that is also a command-line flag; `low` and `high` are inclusive bounds.
 
     None as default of a switch: on or off as other settings say.
     """
-    return field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
+    meta = {"help": text, "binds": binds, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata=meta)
 
 
 def flag_of(name: str) -> str:
@@ -83,50 +100,64 @@ class Part:
 class DataConfig(Part):
     """Which images, how large, and how they are read."""
 
-    dataset: str = option("mvtec", "the data set", choices=DATASETS)
+    dataset: str = option("mvtec", "the data set", binds="data", choices=DATASETS)
     data_path: str | None = option(
-        None, "folder that holds one folder per class (default: the data set's own place under data/)"
+        None, "folder that holds one folder per class (default: the data set's own place under data/)", binds="result"
     )
-    class_names: tuple[str, ...] = option(("all",), "one class, several, or all")
-    multi_class: bool = option(False, "one model for all classes instead of one model per class")
-    input_size: int = option(384, "side in pixels to which images are resized", low=32, high=4096)
+    class_names: tuple[str, ...] = option(("all",), "one class, several, or all", binds="data")
+    multi_class: bool = option(False, "one model for all classes instead of one model per class", binds="data")
+    input_size: int = option(384, "side in pixels to which images are resized", binds="data", low=32, high=4096)
+    limit: int | None = option(
+        None, "use at most this many images per class and kind, for a quick look", binds="data", low=1
+    )
     bit_depth: int | None = option(
         None,
         "bits of integer images that have more than 8 per channel (default: the least of 8, 10, 12, 14, 16, 20, 24 and "
         "32 that hold a class's training images)",
+        binds="result",  # what was decided with it is in the checkpoint (`datasets.reading`)
         low=8,
         high=32,
     )
     float_range: tuple[float, ...] | None = option(
-        None, "black and white of floating-point images: two values (default: what suits a class's training images)"
+        None,
+        "black and white of floating-point images: two values (default: what suits a class's training images)",
+        binds="result",
     )
     background: str = option(
         "auto",
         "what transparent images are laid on; auto: per class, the one that is farther from its visible pixels",
+        binds="result",
         choices=("auto", "white", "black"),
     )
-    max_pixels: int = option(178_956_970, "most pixels that an image may have; more are taken for a mistake", low=1)
-    good_names: tuple[str, ...] = option(GOOD_NAMES, "folders of good images, whatever the case")
-    trust_masks: bool = option(False, "take masks as they are: inverted or empty ones, and those of another shape, too")
-    limit: int | None = option(None, "use at most this many images per class and kind, for a quick look", low=1)
+    max_pixels: int = option(
+        178_956_970, "most pixels that an image may have; more are taken for a mistake", binds="free", low=1
+    )
+    good_names: tuple[str, ...] = option(GOOD_NAMES, "folders of good images, whatever the case", binds="result")
+    trust_masks: bool = option(
+        False, "take masks as they are: inverted or empty ones, and those of another shape, too", binds="result"
+    )
     holdout: float = option(
         0.0,
         "share of the training images of each class that is not trained on, but says what scores unseen normal images "
         "have (--*-score surprise and contrast, the report's threshold)",
+        binds="data",
         low=0.0,
         high=0.5,
     )
     workers: int | None = option(
-        None, "processes that read images (default: 0 on a CPU, up to 8 with a GPU)", low=0, high=256
+        None, "processes that read images (default: 0 on a CPU, up to 8 with a GPU)", binds="free", low=0, high=256
     )
     cache: str = option(
         "auto",
         "where features are kept that are extracted once: on disk, in memory, on the device, or nowhere; auto: on disk "
         "if they fit, else nowhere",
+        binds="free",
         choices=("auto", "disk", "ram", "device", "none"),
     )
     pre_extract: bool = option(
-        False, "insist on a cache: refuse to run if the features do not fit, where --cache auto would do without"
+        False,
+        "insist on a cache: refuse to run if the features do not fit, where --cache auto would do without",
+        binds="free",
     )
 
     def __post_init__(self) -> None:
@@ -140,51 +171,72 @@ class DataConfig(Part):
 class ModelConfig(Part):
     """The extractor, the two levels of codebooks, the flows and the prior."""
 
-    extractor: str = option("convnextv2_base", "any timm model that gives feature maps")
+    extractor: str = option("convnextv2_base", "any timm model that gives feature maps", binds="model")
     weights: str | None = option(
-        None, "file with the extractor's weights (.safetensors, .pth, .bin) instead of a download"
+        None, "file with the extractor's weights (.safetensors, .pth, .bin) instead of a download", binds="result"
     )
-    pretrained: bool = option(True, "pretrained weights for the extractor; without them its weights are random")
-    pool_type: str = option("avg", "3x3 stride-2 pooling of the levels below the top", choices=("avg", "max", "none"))
-    standardize: bool = option(True, "standardize each feature channel with statistics of the training images")
-    quantize_enable: bool = option(False, "use the codebooks: concept (CPC) and concept-specific patterns (CSPC)")
-    quantize_type: str = option("residual", "what the pattern codebooks quantize", choices=("residual", "naive"))
-    pattern_quantize: bool = option(True, "use the pattern codebooks (CSPC) beside the concept codebook")
-    concat_pos: bool = option(False, "put a sine/cosine encoding of the position into the condition")
-    mixed_gaussian: bool = option(False, "a Gaussian of its own for each concept as the latent prior")
-    dim_cpc: int = option(512, "size of a concept's vector", low=1, high=65536)
-    k_cpc: int = option(32, "number of concepts", low=1, high=1 << 20)
-    k_cspc: int = option(512, "number of patterns per level", low=1, high=1 << 20)
+    pretrained: bool = option(
+        True, "pretrained weights for the extractor; without them its weights are random", binds="model"
+    )
+    pool_type: str = option(
+        "avg", "3x3 stride-2 pooling of the levels below the top", binds="model", choices=("avg", "max", "none")
+    )
+    standardize: bool = option(
+        True, "standardize each feature channel with statistics of the training images", binds="model"
+    )
+    quantize_enable: bool = option(
+        False, "use the codebooks: concept (CPC) and concept-specific patterns (CSPC)", binds="model"
+    )
+    quantize_type: str = option(
+        "residual", "what the pattern codebooks quantize", binds="model", choices=("residual", "naive")
+    )
+    pattern_quantize: bool = option(True, "use the pattern codebooks (CSPC) beside the concept codebook", binds="model")
+    concat_pos: bool = option(False, "put a sine/cosine encoding of the position into the condition", binds="model")
+    mixed_gaussian: bool = option(False, "a Gaussian of its own for each concept as the latent prior", binds="model")
+    dim_cpc: int = option(512, "size of a concept's vector", binds="model", low=1, high=65536)
+    k_cpc: int = option(32, "number of concepts", binds="model", low=1, high=1 << 20)
+    k_cspc: int = option(512, "number of patterns per level", binds="model", low=1, high=1 << 20)
     c_pos_conds: tuple[int, ...] = option(
-        (64,), "channels of the position encoding: one value, or the same one per level", low=4, high=4096
+        (64,),
+        "channels of the position encoding: one value, or the same one per level",
+        binds="model",
+        low=4,
+        high=4096,
     )
     c_conds: tuple[int, ...] | None = option(
         None,
         "project each level's condition to this many channels: one value, or one per level (default: no projection)",
+        binds="model",
         low=1,
         high=65536,
     )
     parallel_blocks: tuple[int, ...] = option(
-        (2, 5, 8), "flow blocks per level: one value, or one per level", low=1, high=64
+        (2, 5, 8), "flow blocks per level: one value, or one per level", binds="model", low=1, high=64
     )
     memory: int = option(
         0,
         "training images whose features are kept as a second opinion for --*-score surprise and contrast; 0: none",
+        binds="model",
         low=0,
         high=1 << 20,
     )
-    clamp: float = option(1.9, "bound on the log-scale of the couplings", low=0.01, high=20.0)
+    clamp: float = option(1.9, "bound on the log-scale of the couplings", binds="model", low=0.01, high=20.0)
     codebooks: str = option(
-        "seeded", "codebook updates: seeded from data and revived, or as released", choices=("seeded", "released")
+        "seeded",
+        "codebook updates: seeded from data and revived, or as released",
+        binds="model",
+        choices=("seeded", "released"),
     )
     conditioning: str = option(
         "structured",
         "convolve conditions by their parts, or as dense maps (the slow reference)",
+        binds="run",
         choices=("structured", "direct"),
     )
     objective: str = option(
         "likelihood",
         "exact likelihood, or the released loss without the mixture's log-determinant",
+        binds="model",
         choices=("likelihood", "released"),
     )
 
@@ -228,85 +280,118 @@ class ModelConfig(Part):
 class TrainConfig(Part):
     """The optimisation."""
 
-    lr: float = option(1e-4, "learning rate", low=1e-9, high=10.0)
-    batch_size: int = option(16, "images per step", low=1, high=65536)
-    meta_epochs: int = option(30, "meta epochs; the model is evaluated after each", low=1, high=100000)
-    sub_epochs: int = option(2, "passes over the training images in a meta epoch", low=1, high=100000)
+    lr: float = option(1e-4, "learning rate", binds="run", low=1e-9, high=10.0)
+    batch_size: int = option(16, "images per step", binds="run", low=1, high=65536)
+    meta_epochs: int = option(30, "meta epochs; the model is evaluated after each", binds="result", low=1, high=100000)
+    sub_epochs: int = option(2, "passes over the training images in a meta epoch", binds="run", low=1, high=100000)
     schedule: str = option(
         "step",
         "learning rate over the run: step (x0.33 at 70 %% and 90 %% of it), cosine, constant, or as released",
+        binds="run",
         choices=("step", "cosine", "constant", "released"),
     )
-    warmup: float = option(1 / 6, "share of the run with a rising learning rate", low=0.0, high=1.0)
-    weight_decay: float = option(0.0, "decoupled weight decay", low=0.0, high=1.0)
+    warmup: float = option(1 / 6, "share of the run with a rising learning rate", binds="run", low=0.0, high=1.0)
+    weight_decay: float = option(0.0, "decoupled weight decay", binds="run", low=0.0, high=1.0)
     noise: float = option(
-        0.0, "standard deviation of Gaussian noise on the standardized features while training", low=0.0, high=10.0
+        0.0,
+        "standard deviation of Gaussian noise on the standardized features while training",
+        binds="run",
+        low=0.0,
+        high=10.0,
     )
-    clip_norm: float = option(2.0, "largest norm of the gradient", low=1e-6)
-    quantize_weight: float = option(1.0, "weight of the codebooks' commitment in the loss", low=0.0)
-    reassign_quantize: bool = option(False, "after a meta epoch, re-seed unused codes from the most used ones")
+    clip_norm: float = option(2.0, "largest norm of the gradient", binds="run", low=1e-6)
+    quantize_weight: float = option(1.0, "weight of the codebooks' commitment in the loss", binds="run", low=0.0)
+    reassign_quantize: bool = option(
+        False, "after a meta epoch, re-seed unused codes from the most used ones", binds="run"
+    )
     amp_enable: bool = option(
-        False, "mixed precision (bfloat16) on devices that have units for it; elsewhere nothing changes"
+        False, "mixed precision (bfloat16) on devices that have units for it; elsewhere nothing changes", binds="run"
     )
     accumulate: int = option(
         1,
         "add up the gradients of this many batches before a step: a larger batch in less memory",
+        binds="run",
         low=1,
         high=65536,
     )
     checkpoint_activations: bool = option(
-        False, "compute the flows' hidden layers again in the backward pass instead of keeping them: less memory"
+        False,
+        "compute the flows' hidden layers again in the backward pass instead of keeping them: less memory",
+        binds="free",
     )
-    compile: bool = option(False, "compile the flows (torch.compile); on a CPU this needs a C++ compiler")
-    profile: int = option(0, "write a trace of this many training steps into the run folder", low=0, high=1000)
-    resume: bool = option(False, "go on with the newest unfinished run of the same settings")
-    tensorboard: bool = option(False, "log to TensorBoard files in the run folder")
-    wandb_enable: bool = option(False, "log to Weights & Biases")
+    compile: bool = option(False, "compile the flows (torch.compile); on a CPU this needs a C++ compiler", binds="free")
+    profile: int = option(
+        0, "write a trace of this many training steps into the run folder", binds="free", low=0, high=1000
+    )
+    resume: bool = option(False, "go on with the newest unfinished run of the same settings", binds="free")
+    tensorboard: bool = option(False, "log to TensorBoard files in the run folder", binds="free")
+    wandb_enable: bool = option(False, "log to Weights & Biases", binds="free")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Part):
     """Scores, metrics and what is shown of them."""
 
-    eval_ckpt: str | None = option(None, "checkpoint to evaluate, ours or an official one")
-    eval_interval: int = option(1, "meta epochs between evaluations; the last one is always evaluated", low=1)
-    loc_eval: bool = option(False, "show pixel AUROC during training")
-    pro_eval: bool = option(False, "show AUPRO during training")
-    pro_eval_interval: int = option(4, "meta epochs between the AUPRO values shown during training", low=1)
-    image_score: str = option("mul", "map that image metrics are made of", choices=SCORES)
-    pixel_score: str = option("add", "map that pixel metrics are made of", choices=SCORES)
-    pro_score: str = option("mul", "map that AUPRO is made of", choices=SCORES)
-    top_k: float = option(0.03, "share of the highest pixels whose mean is the image score", low=1e-6, high=1.0)
-    fpr_limit: float = option(0.3, "false-positive rate up to which AUPRO is integrated", low=1e-4, high=1.0)
+    eval_ckpt: str | None = option(None, "checkpoint to evaluate, ours or an official one", binds="free")
+    eval_interval: int = option(
+        1, "meta epochs between evaluations; the last one is always evaluated", binds="run", low=1
+    )
+    loc_eval: bool = option(False, "show pixel AUROC during training", binds="free")
+    pro_eval: bool = option(False, "show AUPRO during training", binds="free")
+    pro_eval_interval: int = option(
+        4, "meta epochs between the AUPRO values shown during training", binds="free", low=1
+    )
+    image_score: str = option("mul", "map that image metrics are made of", binds="run", choices=SCORES)
+    pixel_score: str = option("add", "map that pixel metrics are made of", binds="run", choices=SCORES)
+    pro_score: str = option("mul", "map that AUPRO is made of", binds="run", choices=SCORES)
+    top_k: float = option(
+        0.03, "share of the highest pixels whose mean is the image score", binds="run", low=1e-6, high=1.0
+    )
+    fpr_limit: float = option(
+        0.3, "false-positive rate up to which AUPRO is integrated", binds="run", low=1e-4, high=1.0
+    )
     eval_size: int | None = option(
         None,
         "side of score maps and masks in evaluation; a mask is resized from its file by nearest neighbour, and a pixel "
         "is defective where the result is > 0.5 (default: the input size)",
+        binds="run",
         low=8,
         high=4096,
     )
     bootstrap: int = option(
-        0, "resamples of the test images for 95 %% intervals of the image metrics; 0: none", low=0, high=1_000_000
+        0,
+        "resamples of the test images for 95 %% intervals of the image metrics; 0: none",
+        binds="free",
+        low=0,
+        high=1_000_000,
     )
     compare: bool | None = option(
-        None, "show published figures beside the results (default: on for mvtec and visa, which have some)"
+        None,
+        "show published figures beside the results (default: on for mvtec and visa, which have some)",
+        binds="free",
     )
-    pictures: int = option(4, "pictures per class and kind of defect (image, score map, mask)", low=0)
-    report: bool = option(True, "write report.html into the run folder")
+    pictures: int = option(4, "pictures per class and kind of defect (image, score map, mask)", binds="free", low=0)
+    report: bool = option(True, "write report.html into the run folder", binds="free")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Part):
     """Where and on what the program runs."""
 
-    mode: str = option("train", "what to do", choices=("train", "test", "table", "export"))
-    runs: tuple[str, ...] = option((), "run folders that --mode table gathers into one table")
-    work_dir: str = option("work_dirs", "folder for run folders")
-    device: str = option("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
-    name: str | None = option(None, "start of the run folder's name (default: data set, extractor and multi or single)")
-    seed: int = option(9826, "seed of every random choice", low=0, high=2**32 - 1)
+    mode: str = option("train", "what to do", binds="free", choices=("train", "test", "table", "export"))
+    runs: tuple[str, ...] = option((), "run folders that --mode table gathers into one table", binds="free")
+    work_dir: str = option("work_dirs", "folder for run folders", binds="free")
+    device: str = option("auto", "where to compute", binds="free", choices=("auto", "cuda", "cpu", "mps"))
+    name: str | None = option(
+        None, "start of the run folder's name (default: data set, extractor and multi or single)", binds="free"
+    )
+    seed: int = option(9826, "seed of every random choice", binds="run", low=0, high=2**32 - 1)
     seeds: tuple[int, ...] = option(
-        (), "train once with each of these seeds and summarize: mean and standard deviation", low=0, high=2**32 - 1
+        (),
+        "train once with each of these seeds and summarize: mean and standard deviation",
+        binds="free",
+        low=0,
+        high=2**32 - 1,
     )
 
     def __post_init__(self) -> None:
@@ -360,6 +445,12 @@ PARTS: dict[str, type[Part]] = {
     "data": DataConfig, "model": ModelConfig, "train": TrainConfig, "eval": EvalConfig, "run": RunConfig,
 }  # fmt: skip
 
+
+def settings_of(*binds: Bind) -> tuple[str, ...]:
+    """Names of all settings that are part of one of `binds`."""
+    return tuple(e.name for kind in PARTS.values() for e in fields(kind) if e.metadata["binds"] in binds)  # type: ignore[arg-type]
+
+
 _METHOD = {
     "class_names": ("all",), "multi_class": True, "quantize_enable": True, "quantize_type": "residual",
     "concat_pos": True, "mixed_gaussian": True,
@@ -402,13 +493,23 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return dataclasses.asdict(config)
 
 
+def flat(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All settings of `to_dict`'s parts by their names, which are unique."""
+    return {name: value for part in values.values() for name, value in part.items()}
+
+
+def shown(value: Any) -> str:
+    """A setting's value as one types or reads it."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "on", False: "off"}[value]
+    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
 def from_dict(values: dict[str, dict[str, Any]]) -> Config:
     """The inverse of `to_dict`; lists (JSON has no tuples) become tuples.
 
     Raises:
         UsageError: a value out of its range, or a part or name that this version does not know.
     """
-    flat: dict[str, Any] = {}
-    for part in values.values():
-        flat |= {n: tuple(v) if isinstance(v, list) else v for n, v in part.items()}
-    return make_config(**flat)
+    known: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in flat(values).items()}
+    return make_config(**known)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import json
+import os
 import re
 import sys
 import warnings
@@ -13,7 +15,19 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from default import PARTS, PRESETS, Config, UsageError, __version__, expect, flag_of, make_config, to_dict
+from default import (
+    FIXED,
+    PARTS,
+    PRESETS,
+    Config,
+    UsageError,
+    __version__,
+    flag_of,
+    make_config,
+    settings_of,
+    shown,
+    to_dict,
+)
 from utils.run.text import printable
 
 DESCRIPTION = "Train one VQ-Flow anomaly detector for all classes, evaluate it, and reproduce the paper's tables."
@@ -75,30 +89,46 @@ def add_flag(group: Any, entry: Field) -> None:
     )
 
 
-def shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def parse(argv: Sequence[str]) -> tuple[Config, dict[str, Any], bool]:
     """The configuration, what the preset and the user chose by name, and whether this is a dry run.
+
+    Of a preset, what a checkpoint fixes counts as chosen only where there is no checkpoint: it brings its own.
 
     Raises:
         UsageError: unknown flag, preset or value.
     """
-    namespace, unknown = build_parser().parse_known_args([hyphenated(word) for word in argv])
+    parser, words = build_parser(), [hyphenated(word) for word in argv]
+    namespace, unknown = parser.parse_known_args(words)
+    typed = vars(namespace)
+    if typed.get("mode") != "table":
+        refuse_surplus(parser, words)
     if unknown:
         raise UsageError(unknown_flag(unknown[0]))
-    typed = vars(namespace)
     dry, preset = typed.pop("dry_run", False), typed.pop("preset", None)
-    chosen: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in typed.items()}
-    if preset is not None:
-        expect("--preset", preset, tuple(PRESETS))
-        chosen = PRESETS[preset] | chosen
-    if "seed" in chosen and "seeds" in chosen:
+    asked: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in typed.items()}
+    if "seed" in asked and "seeds" in asked:
         raise UsageError("--seed: --seeds was given too; use one of them")
-    config = make_config(**chosen)
+    config = make_config(preset, **asked)
     refuse_void(config, typed)
-    return config, chosen, dry
+    fixed = settings_of(*FIXED) if config.run.mode in ("test", "export") else ()
+    row = {n: value for n, value in PRESETS[preset].items() if n not in fixed} if preset else {}
+    return config, row | asked, dry
+
+
+def refuse_surplus(parser: Parser, words: Sequence[str]) -> None:
+    """Raise `UsageError` for a flag that is followed by more values than it takes."""
+    flag, values = "", []
+    for word in [*words, "--"]:
+        if not word.startswith("-") or parser._negative_number_matcher.match(word):
+            values.append(word)
+            continue
+        action = parser._option_string_actions.get(flag)
+        room = 1 if action and action.nargs is None else 0
+        if action and action.nargs in (None, 0) and len(values) > room:
+            expected = "one value" if room else "no value"
+            raise UsageError(f"{flag}: expected {expected}, but got {' '.join(values)}")
+        flag, equals, value = word.partition("=")
+        values = [value] if equals else []
 
 
 def unknown_flag(word: str) -> str:
@@ -165,10 +195,26 @@ def for_each_seed(config: Config, train: Callable[[Config], Path]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; the user's mistakes end in one line and status 2, Ctrl-C in status 130."""
+    """Run; the user's mistakes end in one line and status 2, Ctrl-C in status 130, a reader who left in 141."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is shown as \xb2 or \u7247
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return guarded(sys.argv[1:] if argv is None else argv)
+        finally:
+            print(end="", flush=True)  # here, not while the interpreter shuts down
+    except BrokenPipeError:  # main.py ... | head
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 141
+
+
+def guarded(argv: Sequence[str]) -> int:
+    """Run; the status. The user's mistakes become one line."""
     warnings.filterwarnings("ignore", message="Mapping deprecated model name")
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        run(argv)
     except UsageError as error:
         print(printable(f"main.py: error: {error}"), file=sys.stderr)
         return 2

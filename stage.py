@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets.cache import FeatureSize, cache_key, check_space, make_store, to_half
 from datasets.features import CachedFeatures, LiveFeatures
 from datasets.folder import ImageFolder
-from datasets.loaders import ordered_loader, resolve_workers, train_loader
+from datasets.loaders import ImageLoader, ordered_loader, resolve_workers, train_loader
 from datasets.reading import RELEASED, Reading
 from default import (
     CALIBRATED,
+    FIXED,
     SCORES,
     Config,
     EvalConfig,
     ModelConfig,
     UsageError,
     flag_of,
+    flat,
     from_dict,
     make_config,
+    settings_of,
+    shown,
     to_dict,
 )
 from models.detector import Detector
@@ -71,6 +75,7 @@ class Stage:
         ).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.fingerprint = self.extractor.fingerprint()
         self.workers = resolve_workers(config.data.workers, self.device.type)
+        self._loaders: list[ImageLoader] = []
 
     def build_flow(self) -> VQFlow:
         """A new flow, its random choices drawn from the seed."""
@@ -102,8 +107,11 @@ class Stage:
 
     def training_features(self, dataset: ImageFolder) -> Source:
         """Shuffled batches, the last partial one dropped."""
+        size = self.config.train.batch_size
+        if size > len(dataset):
+            print(f"--batch-size {size}: there are {len(dataset)} training images, so a batch has {len(dataset)}")
         loader = train_loader(
-            dataset, batch_size=self.config.train.batch_size, workers=self.workers, seed=self.config.run.seed,
+            dataset, batch_size=size, workers=self.workers, seed=self.config.run.seed,
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         return self._source(loader, dataset)
@@ -112,7 +120,16 @@ class Stage:
         """All images in order, or those of these numbers."""
         return self._source(self._ordered(dataset, numbers), dataset)
 
-    def _ordered(self, dataset: ImageFolder, numbers: Sequence[int] | None = None) -> DataLoader:
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """The processes that read images meanwhile end with it."""
+        try:
+            yield
+        finally:
+            for loader in self._loaders:
+                loader.end_workers()
+
+    def _ordered(self, dataset: ImageFolder, numbers: Sequence[int] | None = None) -> ImageLoader:
         return ordered_loader(
             dataset, batch_size=self.config.train.batch_size, workers=self.workers, numbers=numbers,
             pin_memory=self.device.type == "cuda",
@@ -126,8 +143,9 @@ class Stage:
         )  # fmt: skip
         return self.cache / key
 
-    def _source(self, loader: DataLoader, dataset: ImageFolder) -> Source:
+    def _source(self, loader: ImageLoader, dataset: ImageFolder) -> Source:
         """From a cache as --cache says, else computed batch by batch."""
+        self._loaders.append(loader)
         data, ordered, folder = self.config.data, self._ordered(dataset), self.cache_folder(dataset)
         place = "disk" if data.cache == "auto" else data.cache
         if data.cache == "auto" and not data.pre_extract and not folder.is_dir():
@@ -143,6 +161,7 @@ class Stage:
             place, folder, ordered, self.extract, device=self.device,
             progress=lambda batches, text: tqdm(batches, desc=text, leave=False),
         )  # fmt: skip
+        ordered.end_workers()
         return CachedFeatures(loader, store, self.device)
 
 
@@ -169,7 +188,7 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
     """The settings under which a checkpoint is evaluated.
 
     Raises:
-        UsageError: not a checkpoint, or the user asked for another model than the one that it holds.
+        UsageError: not a checkpoint, or the user asked for another model or other data than it was made with.
     """
     if is_official(content):
         return replace(
@@ -182,29 +201,46 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
         saved = from_dict(content["config"])
     except (UsageError, AttributeError, TypeError) as error:
         raise UsageError(f"--eval_ckpt: {name} holds settings that this version does not know") from error
-    for entry in fields(ModelConfig):
-        if entry.name in ("weights", "pretrained") or entry.name not in chosen:
-            continue
-        asked, has = getattr(config.model, entry.name), getattr(saved.model, entry.name)
-        if asked != has:
-            raise UsageError(
-                f"--eval_ckpt: {name} was made with {flag_of(entry.name)} = {has!r}, not with {asked!r} as asked for"
-            )
-    values = {k: v for part in to_dict(saved).values() for k, v in part.items()}
+    refuse_others(saved, chosen, name)
     own = tuple(content["classes"])
     here: dict[str, Any] = {
-        "device": config.run.device,
-        "work_dir": config.run.work_dir,
-        "workers": config.data.workers,
-    }
-    here |= {"class_names": own, "resume": False, "pre_extract": False}
-    here |= {"cache": "none" if saved.data.cache == "none" else "auto"}
-    values |= here | chosen
-    if not saved.data.multi_class:
-        if not {"all", *own} & set(values["class_names"]):
-            raise UsageError(f"--class-names: {name} is a model of {own[0]!r} alone")
-        values |= {"class_names": own}
+        "device": config.run.device, "work_dir": config.run.work_dir, "workers": config.data.workers,
+        "compile": config.train.compile, "resume": False, "pre_extract": False,
+        "cache": "none" if saved.data.cache == "none" else "auto",
+    }  # fmt: skip
+    values = flat(to_dict(saved)) | here | chosen | {"class_names": asked_classes(config, saved, own, name)}
     return make_config(**values)
+
+
+def refuse_others(saved: Config, chosen: dict[str, Any], name: str) -> None:
+    """Raise `UsageError` if the user chose something else than the `saved` settings that a checkpoint fixes.
+
+    The data set `folder` is a layout, not data: any tree that holds the checkpoint's classes may be evaluated with it.
+    """
+    has = flat(to_dict(saved))
+    for setting in settings_of(*FIXED):
+        asked = chosen.get(setting, has[setting])
+        if asked == has[setting] or setting == "class_names" or (setting, asked) == ("dataset", "folder"):
+            continue
+        raise UsageError(
+            f"{flag_of(setting)}: {name} was made with {shown(has[setting])}, not with {shown(asked)} as asked for; "
+            "leave it out, a checkpoint brings its own"
+        )
+
+
+def asked_classes(config: Config, saved: Config, own: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """Those of a checkpoint's `own` classes that --class-names asks for, in their order.
+
+    Raises:
+        UsageError: it asks for a class that the model was not trained on.
+    """
+    asked = config.data.class_names
+    if not saved.data.multi_class and not {"all", *own} & set(asked):
+        raise UsageError(f"--class-names: {name} is a model of {own[0]!r} alone")
+    others = [c for c in asked if c not in ("all", *own)]
+    if others and saved.data.multi_class:
+        raise UsageError(f"--class-names: {name} is no model of {others[0]!r}; choose from all, {', '.join(own)}")
+    return own if "all" in asked else tuple(c for c in own if c in asked)
 
 
 def normalization_of(content: dict[str, Any]) -> Normalization:

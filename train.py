@@ -18,7 +18,7 @@ from datasets import build_datasets, evenly_spread, resolve_classes, split_holdo
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from datasets.reading import Reading
-from default import Config, TrainConfig, UsageError, to_dict
+from default import KEPT, Config, TrainConfig, UsageError, flat, from_dict, settings_of, to_dict
 from models.detector import Detector
 from models.loss import loss_terms
 from models.memory import Choice, Remembering
@@ -29,7 +29,8 @@ from test import EvalResult, evaluate, finish, report_pages, save_pictures
 from utils.report.page import ClassPage
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
 from utils.run.device import autocast
-from utils.run.folders import new_run, resumed_run, write_config
+from utils.run.folders import new_folder, resumed_run, run_name, write_config
+from utils.run.lock import locked
 from utils.run.log import RunLog, optional
 from utils.run.profile import traced
 from utils.run.schedule import learning_rate
@@ -308,29 +309,30 @@ def run_training(config: Config) -> Path:
     check_loggers(config.train)
     stage = Stage(config)
     splits = [split_holdout(train, config.data.holdout) for train, _ in prepared]
-    sources = [stage.training_features(kept) for kept, _ in splits]  # a batch larger than the data ends here
-    folder = resumed_run(config) if config.train.resume else None
-    if folder is not None:
+    sources = [stage.training_features(kept) for kept, _ in splits]  # features that do not fit end here
+    folder = (resumed_run(config) if config.train.resume else None) or new_folder(config.run.work_dir, run_name(config))
+    with locked(folder, "--resume"):
         for group, (kept, _) in zip(groups, prepared, strict=True):  # before anything is written
             saved_state(stage, group, own_folder(folder, config, group), kept.readings)
-    folder = folder or new_run(config)
-    write_config(folder, config)
-    print(f"{len(class_names)} classes, {sum(len(kept) for kept, _ in splits)} training images; run folder: {folder}")
-    parts: list[EvalResult] = []
-    pages: dict[str, ClassPage] = {}
-    best: dict[str, dict[str, float]] | None = None
-    for group, (_, test_set), (kept, normal), source in zip(groups, prepared, splits, sources, strict=True):
-        own = own_folder(folder, config, group)
-        own.mkdir(exist_ok=True)
-        if not config.data.multi_class:
-            print(f"class {printable(group[0])}")
-        detector = stage.build_detector()
-        fitted = fit_group(stage, detector, group, source, (kept, normal, test_set), own)
-        parts.append(fitted.last)
-        best = fitted.best_on_test if config.data.multi_class else None
-        save_pictures(stage, detector, test_set, group, folder / "pictures")
-        pages |= report_pages(stage, detector, (normal, test_set), fitted.last, len(class_names))
-    finish(folder, config, parts, best, pages)
+        write_config(folder, config)
+        images = sum(len(kept) for kept, _ in splits)
+        print(f"{len(class_names)} classes, {images} training images; run folder: {folder}")
+        parts: list[EvalResult] = []
+        pages: dict[str, ClassPage] = {}
+        best: dict[str, dict[str, float]] | None = None
+        for group, (_, test_set), (kept, normal), source in zip(groups, prepared, splits, sources, strict=True):
+            own = own_folder(folder, config, group)
+            own.mkdir(exist_ok=True)
+            if not config.data.multi_class:
+                print(f"class {printable(group[0])}")
+            detector = stage.build_detector()
+            with stage.reading():
+                fitted = fit_group(stage, detector, group, source, (kept, normal, test_set), own)
+            parts.append(fitted.last)
+            best = fitted.best_on_test if config.data.multi_class else None
+            save_pictures(stage, detector, test_set, group, folder / "pictures")
+            pages |= report_pages(stage, detector, (normal, test_set), fitted.last, len(class_names))
+        finish(folder, config, parts, best, pages)
     return folder
 
 
@@ -405,11 +407,10 @@ def saved_state(
     saved = read_checkpoint(path, "--resume")
     if not {"config", "epoch", "model", "optimizer", "random", "best_on_test"} <= saved.keys():
         raise UsageError(f"--resume: {path} is not a checkpoint that training can go on from")
-    expected = identity(stage, group, readings) | {"settings": to_dict(config)["model"]}
-    found = saved | {"settings": saved["config"]["model"]}
-    for name, value in expected.items():
-        if found.get(name) != value:
-            raise UsageError(f"--resume: {path} is of another run: its {name} differs")
+    was, now = flat(to_dict(from_dict(saved["config"]))), flat(to_dict(config))
+    others = [name for name, value in identity(stage, group, readings).items() if saved.get(name) != value]
+    for name in [*others, *(name for name in settings_of(*KEPT) if was[name] != now[name])]:
+        raise UsageError(f"--resume: {path} is of another run: its {name} differs")
     return saved
 
 

@@ -6,6 +6,7 @@ never used, and of several processes that build at once the first to finish wins
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -148,8 +149,9 @@ def build_folder(
     """Write the cache `folder`; another process may do the same at the same time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for old in folder.parent.glob("*.part"):
-        if time.time() - old.stat().st_mtime > ABANDONED:
-            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished it
+            if time.time() - old.stat().st_mtime > ABANDONED:
+                shutil.rmtree(old, ignore_errors=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
     try:
         store = disk_store(size, part)

@@ -54,13 +54,22 @@ def collate_guarded(samples: list[Any]) -> Any:
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader whose unreadable images end in a `UsageError` that names the file, whatever process read them."""
+    """A DataLoader whose unreadable images end in a `UsageError` that names the file, whatever process read them.
+
+    Its worker processes stay from pass to pass, until `end_workers`; a later pass starts new ones.
+    """
 
     def __iter__(self) -> Any:
         for batch in super().__iter__():
             if isinstance(batch, str):
                 raise UsageError(batch)
             yield batch
+
+    def end_workers(self) -> None:
+        """End the worker processes, each of which holds a copy of the program's libraries."""
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()  # type: ignore[attr-defined]  # PyTorch has no public way
+            self._iterator = None
 
 
 def resolve_workers(workers: int | None, device_type: str) -> int:
@@ -87,15 +96,8 @@ def _loader(dataset: ImageFolder, batch_size: int, workers: int, pin_memory: boo
 def train_loader(
     dataset: ImageFolder, *, batch_size: int, workers: int, seed: int, pin_memory: bool = False
 ) -> ImageLoader:
-    """Shuffled batches, the last partial one dropped.
-
-    Raises:
-        UsageError: fewer images than a batch holds.
-    """
-    if batch_size > len(dataset):
-        raise UsageError(
-            f"--batch-size: expected at most {len(dataset)}, the number of training images, but got {batch_size}"
-        )
+    """Shuffled batches, the last partial one dropped; of all images where a batch would hold more than there are."""
+    batch_size = min(batch_size, len(dataset))
     sampler = EpochSampler(len(dataset), seed)
     return _loader(dataset, batch_size, workers, pin_memory, sampler=sampler, drop_last=True)
 

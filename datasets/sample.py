@@ -7,9 +7,9 @@ holds the pixels that differ from the undrawn crop, all of them and no other.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
-import os
-import shutil
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,24 +161,23 @@ def make_sample(root: Path) -> None:
     """
     if is_complete(root):
         return
-    if root.is_dir() and any(root.iterdir()) and not (root / MARKER).is_file():
-        raise UsageError(f"--data-path: {root} is not empty and is not the built-in sample; choose another folder")
     root = root.resolve()  # "." has no name
-    part = root.with_name(f"{root.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        for name in SOURCES:
-            write_class(part / name, name)
-        (part / MARKER).write_text(VERSION, encoding="utf-8")
-        if root.is_dir():
-            shutil.rmtree(root)
-        part.replace(root)
+        if root.is_dir() and any(root.iterdir()) and not (root / MARKER).is_file():
+            raise UsageError(f"--data-path: {root} is not empty and is not the built-in sample; choose another folder")
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root.parent, prefix=f"{root.name}.", suffix=".part") as part:
+            for name in SOURCES:
+                write_class(Path(part, "new", name), name)
+            Path(part, "new", MARKER).write_text(VERSION, encoding="utf-8")
+            with contextlib.suppress(OSError):
+                root.rmdir()  # if it is empty
+            if (root / MARKER).is_file() and not is_complete(root):  # of another version
+                root.replace(Path(part, "old"))
+            Path(part, "new").replace(root)
     except OSError as error:
         if not is_complete(root):  # another process may have been faster
             raise UsageError(f"--data-path: cannot write the sample to {root}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def generator(*key: object) -> np.random.Generator:

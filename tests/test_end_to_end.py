@@ -1,8 +1,12 @@
 """The program itself on tiny trees: train, test, resume, workers, cache and official checkpoints."""
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -167,6 +171,27 @@ def test_a_checkpoint_brings_its_settings_and_a_run_folder_stands_for_it(
     assert config["run"]["device"] == "auto", "where to compute is this command's matter, not the checkpoint's"
 
 
+def test_other_data_than_the_checkpoints_is_refused_and_another_tree_is_not(
+    place: Path, unbroken: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = unbroken
+    asked = ["--eval_ckpt", str(folder), "--work-dir", str(place / "other")]
+    for mode, words, has in (
+        ("test", "--holdout 0.5", "0.1"), ("export", "--input-size 96", "64"), ("test", "--dataset visa", "mvtec"),
+        ("export", "--k-cpc 5", "4"), ("test", "--no-multi-class", "on"),
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert main(["--mode", mode, *asked, *words.split()]) == 2
+        flag, _, value = words.replace("--no-", "--").partition(" ")
+        said = f"main.py: error: {flag}: {folder / 'last.pt'} was made with {has}, not with {value or 'off'} as asked"
+        assert capsys.readouterr().err.startswith(said)
+    make_mvtec(place / "elsewhere", bad=2)
+    words = ["--dataset", "folder", "--data-path", str(place / "elsewhere"), "--top-k", "0.5", "--preset", "cpu"]
+    assert main(["--mode", "test", *asked, *words]) == 0
+    config = results(only(place, "other"))["config"]
+    assert (config["model"]["k_cpc"], config["eval"]["top_k"], config["data"]["holdout"]) == (4, 0.5, 0.1)
+
+
 def same(a: Any, b: Any) -> bool:
     """Bitwise equality of nested values."""
     if isinstance(a, Tensor):
@@ -178,21 +203,30 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(place: Path, unbroken: tuple[Path, str]) -> None:
-    """Its images are read in the main process: workers change no bit either."""
+def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(
+    place: Path, unbroken: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its images are read in the main process: workers change no bit either. Nobody else resumes it while it lives."""
     argv = command(place, "killed", *METHOD, *LONG)
     process = start(argv)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("meta epoch 1/"):
-            process.kill()
             break
+    process.send_signal(signal.SIGSTOP)  # as it trains, but it will not end before we have looked
+    folder, config = only(place, "killed"), (only(place, "killed") / "config.json").read_bytes()
+    capsys.readouterr()
+    assert main([*argv, "--resume"]) == 2
+    assert f"--resume: {folder} is in use by process {process.pid} on " in capsys.readouterr().err
+    assert (folder / "config.json").read_bytes() == config
+    process.kill()
     process.communicate()
-    folder = only(place, "killed")
     assert 1 <= read_checkpoint(folder / "last.pt")["epoch"] < EPOCHS
     assert not (folder / "results.json").exists()
     assert main([*argv, "--resume"]) == 0
+    assert f"{folder}: taken over from process {process.pid} on " in capsys.readouterr().out
     assert only(place, "killed") == folder
+    assert not (folder / "lock").exists()
     first, second = (read_checkpoint(f / "last.pt") for f in (unbroken[0], folder))
     for part in ("model", "optimizer", "random", "epoch", "best_on_test"):
         assert same(first[part], second[part]), part
@@ -220,9 +254,13 @@ def test_both_visa_layouts(place: Path, layout: str) -> None:
 
 def test_single_class_training_ends_in_one_table(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = [word for word in METHOD if word != "--multi-class"]
-    assert main(command(place, "single", *plain, "--limit", "5")) == 0
+    assert main(command(place, "single", *plain, "--limit", "5", "--batch-size", "16", "--memory", "3")) == 0
     folder, out = only(place, "single"), capsys.readouterr().out
     assert "2 classes, 10 training images" in out
+    assert out.count("--batch-size 16: there are 5 training images, so a batch has 5\n") == 2
+    entry = read_lines(folder / "grid" / "metrics.jsonl")[0]
+    assert entry["train"]["images"] == 5
+    assert len(read_checkpoint(folder / "grid" / "last.pt")["scorer"]["state"]["memory.descriptors"]) == 3
     tables = out.split("published")  # the results, then beside those of others
     assert tables[0].count("\nmean ") == 1
     assert {p.parent.name for p in folder.glob("*/last.pt")} == {"bottle", "grid"}
@@ -242,7 +280,35 @@ def test_single_class_training_ends_in_one_table(place: Path, capsys: pytest.Cap
     assert "is a model of 'grid' alone" in capsys.readouterr().err
 
 
+def test_batches_of_one_image(place: Path) -> None:
+    assert main(command(place, "one-by-one", *METHOD, "--batch-size", "1", "--limit", "3")) == 0
+    assert results(only(place, "one-by-one"))["mean"]["image_auroc"] is not None
+
+
 # --- ways of reading images
+
+
+class Counting(io.StringIO):
+    """Counts the processes that read images, at each line that is printed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: dict[str, int] = {}
+
+    def write(self, text: str) -> int:
+        self.readers[text] = len(multiprocessing.active_children())
+        return super().write(text)
+
+
+def test_the_processes_of_a_class_end_with_it(place: Path) -> None:
+    plain = [word for word in METHOD if word != "--multi-class"]
+    words = ["--workers", "1", "--cache", "none", "--limit", "4", "--no-report", "--pictures", "0"]
+    with contextlib.redirect_stdout(Counting()) as printed:
+        assert main(command(place, "readers", *plain, *words)) == 0
+    readers = {text.split()[0]: count for text, count in printed.readers.items() if text.strip()}
+    assert readers["meta"] >= 1, "some read while a class is trained"
+    assert printed.readers["class bottle"] == printed.readers["class grid"] == 0
+    assert next(count for text, count in printed.readers.items() if "run folder" in text and "class " in text) == 0
 
 
 @pytest.fixture(scope="module")

@@ -109,4 +109,4 @@ def test_a_tree_with_some_classes_of_the_model(trained: Path, capsys: pytest.Cap
     assert evaluated(trained, "none", data="some") == 2
     assert "--data-path: no class of" in capsys.readouterr().err
     assert evaluated(trained, "none", "--class-names", "tablet", data="some") == 2
-    assert "--class-names: the model has no class 'tablet'" in capsys.readouterr().err
+    assert "is no model of 'tablet'; choose from all" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from default import Config, UsageError, to_dict
+from default import Config, UsageError, settings_of, to_dict
 from utils.metrics import METRICS, NAN, nanmean
 from utils.report.tables import (
     COLUMNS,
@@ -22,14 +22,10 @@ from utils.report.tables import (
     with_deviation,
     write_all,
 )  # fmt: skip
-from utils.run.folders import FREE, new_folder, run_name, write_config
+from utils.run.folders import new_folder, run_name, write_config
 from utils.run.log import plain
 
-# Settings by which two runs do not differ; the seed is looked at apart.
-SAME = FREE | {
-    "train": FREE["train"] - {"meta_epochs"}, "data": FREE["data"] - {"data_path"},
-    "eval": FREE["eval"] | {"eval_ckpt"}, "run": FREE["run"] | {"name", "seed"},
-}  # fmt: skip
+SAME = {"seed", *settings_of("free")}  # settings by which two runs do not differ; the seed is looked at apart
 SETTINGS = "settings"
 CSV_COLUMNS = [name for c in COLUMNS for name in (c, f"{c}_sd")]
 Spread = tuple[float, float]  # mean, standard deviation
@@ -53,8 +49,7 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """All settings by which runs differ, without the seed."""
-        parts = self.config.items()
-        return {name: v for part, values in parts for name, v in values.items() if name not in SAME.get(part, ())}
+        return {name: v for part in self.config.values() for name, v in part.items() if name not in SAME}
 
 
 def completed(row: Mapping[str, float | None]) -> dict[str, float]:

@@ -120,6 +120,6 @@ def latex_page(tables: Sequence[Table], notes: Sequence[str]) -> str:
 
 
 def write_all(folder: Path, stem: str, texts: Mapping[str, str]) -> None:
-    """One file for each suffix of `texts`, named `stem`."""
+    """One file for each suffix of `texts`, named `stem`; bytes of names that are no UTF-8 as \\udcff."""
     for suffix, text in texts.items():
-        (folder / f"{stem}.{suffix}").write_text(printable(text), encoding="utf-8", newline="\n")
+        (folder / f"{stem}.{suffix}").write_bytes(printable(text).encode())

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import tempfile
 from pathlib import Path
+from typing import Any
 
-from default import Config, UsageError, to_dict
-
-# What a resumed run may have otherwise than the run it goes on with.
-FREE = {
-    "data": {"workers", "data_path", "cache", "pre_extract"},
-    "train": {"resume", "meta_epochs", "compile", "checkpoint_activations", "profile", "tensorboard", "wandb_enable"},
-    "eval": {"bootstrap", "compare", "pictures", "loc_eval", "pro_eval", "pro_eval_interval"},
-    "run": {"device", "work_dir", "mode", "runs", "seeds"},
-}
+from default import KEPT, Config, UsageError, flat, from_dict, settings_of, to_dict
 
 
 def run_name(config: Config) -> str:
@@ -34,11 +29,10 @@ def check_writable(work_dir: str | Path) -> Path:
         UsageError: it cannot be made or written.
     """
     folder = Path(work_dir)
-    probe = folder / ".write-test"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # of a name of its own: others may be asking at the same time
+            pass
     except OSError as error:
         raise UsageError(f"--work-dir: cannot write in {folder}: {error.strerror}") from error
     return folder
@@ -57,11 +51,13 @@ def existing_runs(work_dir: Path, name: str) -> dict[int, Path]:
 def new_folder(work_dir: str | Path, name: str) -> Path:
     """An empty folder in the work folder: name, or name-2, name-3, ... where there are such folders."""
     parent = check_writable(work_dir)
-    number = max(existing_runs(parent, name), default=0) + 1
-    while (folder := parent / (name if number == 1 else f"{name}-{number}")).exists():  # a file of that name
+    number = max(existing_runs(parent, name), default=0)
+    while True:
         number += 1
-    folder.mkdir()
-    return folder
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):  # a file of that name, or another program was faster
+            folder.mkdir()
+            return folder
 
 
 def new_run(config: Config) -> Path:
@@ -72,31 +68,45 @@ def new_run(config: Config) -> Path:
 
 
 def write_config(folder: Path, config: Config) -> None:
-    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    """Write config.json, whole or not at all: other programs may be reading it."""
+    part = folder / "config.json.part"
+    part.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    part.replace(folder / "config.json")
 
 
 def resumed_run(config: Config) -> Path | None:
     """The newest run folder of the same settings, None if there is no run of that name.
 
-    The device, the number of meta epochs, where the data lie and how they are read may differ.
+    How far it goes, where its files lie and what changes no result may differ (see `default.Bind`).
 
     Raises:
         UsageError: the newest run has other settings.
     """
-    runs = existing_runs(check_writable(config.run.work_dir), run_name(config))
+    runs = [
+        path
+        for path in existing_runs(check_writable(config.run.work_dir), run_name(config)).values()
+        if (path / "config.json").is_file()
+    ]  # another program may be making one right now
     if not runs:
         return None
-    newest = list(runs.values())[-1]
+    old, new = read_settings(runs[-1]), flat(to_dict(config))
+    for name in settings_of(*KEPT):
+        if old[name] != new[name]:
+            raise UsageError(
+                f"--resume: {runs[-1]} was made with {name} = {old[name]!r}, not {new[name]!r}; "
+                "give the same options, or leave --resume out to start a new run"
+            )
+    return runs[-1]
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What a run folder's config.json says, by names; what it does not name has its default.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    path = folder / "config.json"
     try:
-        old = json.loads((newest / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--resume: cannot read {newest / 'config.json'}") from error
-    new = json.loads(json.dumps(to_dict(config)))
-    for part, values in new.items():
-        for name, value in values.items():
-            if name not in FREE.get(part, set()) and old.get(part, {}).get(name) != value:
-                raise UsageError(
-                    f"--resume: {newest} was made with {name} = {old.get(part, {}).get(name)!r}, not {value!r}; "
-                    "give the same options, or leave --resume out to start a new run"
-                )
-    return newest
+        return flat(to_dict(from_dict(json.loads(path.read_text(encoding="utf-8")))))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UsageError(f"--resume: cannot read {path}") from error
