@@ -23,18 +23,21 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
-    "models/codebook.py": "codebook vqflow", "models/condition.py": "condition flow speed vqflow",
-    "models/flow.py": "flow condition speed vqflow", "models/fusion.py": "flow vqflow speed",
-    "models/hierarchy.py": "vqflow condition memory", "models/loss.py": "vqflow training",
+    "models/codebook.py": "codebook vqflow", "models/condition.py": "condition flow vqflow",
+    "models/conditioned.py": "condition flow vqflow", "models/products.py": "condition flow vqflow",
+    "models/norm.py": "norm", "models/flow.py": "flow condition vqflow", "models/fusion.py": "flow vqflow",
+    "models/hierarchy.py": "hierarchy vqflow condition", "models/loss.py": "vqflow training",
     "models/prior.py": "flow vqflow", "models/memory.py": "memory training",
     "models/scorer.py": "scoring memory training", "models/detector.py": "memory training",
-    "models/vqflow.py": "vqflow memory training",
-    "models/extractor.py": "extractor", "models/official.py": "checkpoint vqflow",
-    "utils/metrics/seven.py": "metrics", "utils/metrics/sketch.py": "metrics", "utils/metrics/bootstrap.py": "tables",
+    "models/vqflow.py": "vqflow memory training", "models/extractor.py": "extractor",
+    "models/official.py": "checkpoint vqflow", "utils/metrics/seven.py": "metrics",
+    "utils/metrics/sketch.py": "metrics", "utils/metrics/bootstrap.py": "tables",
     "utils/metrics/concepts.py": "memory", "utils/run/schedule.py": "scoring", "train.py": "training",
-    "datasets/transforms.py": "datasets reading", "datasets/folder.py": "datasets reading",
-    "datasets/cache.py": "cache", "datasets/features.py": "cache", "datasets/loaders.py": "datasets cache",
-    "datasets/visa.py": "datasets", "datasets/__init__.py": "datasets memory",
+    "datasets/transforms.py": "datasets seen", "datasets/folder.py": "datasets walk", "datasets/walk.py": "walk datasets",
+    "datasets/pixels.py": "seen reading", "datasets/decode.py": "seen reading", "datasets/reading.py": "reading seen",
+    "datasets/masks.py": "masks", "datasets/checks.py": "masks reading", "datasets/cache.py": "cache",
+    "datasets/features.py": "cache", "datasets/loaders.py": "datasets cache", "datasets/visa.py": "datasets walk",
+    "datasets/__init__.py": "datasets memory walk",
 }  # fmt: skip
 LIMIT = 300  # seconds for a module's tests
 EQUIVALENT = ("BitOr", "RemoveDecorator")  # unions in annotations, which nothing reads; decorators of dataclasses
