@@ -17,12 +17,14 @@ from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from datasets.transforms import to_picture
 from default import ABSOLUTE, Config, EvalConfig, UsageError, to_dict
+from models.decision import Verdict
 from models.detector import Detector
 from models.scorer import image_scores
 from stage import Stage, find_checkpoints, image_readings, load_detector, normalization_of, settled_config
 from utils.metrics import ClassAccumulator, ClassResult, mean_results
 from utils.metrics.bootstrap import bootstrap
 from utils.metrics.concepts import agreement
+from utils.metrics.decisions import Decided, Rate
 from utils.metrics.published import comparison_rows
 from utils.report.gallery import ImageResult, Look, Views, normal_range
 from utils.report.page import ClassPage, Curves, class_page, curves_of, report_run
@@ -40,6 +42,7 @@ class EvalResult:
     mean: ClassResult
     images: tuple[ImageResult, ...]
     curves: dict[str, Curves]
+    decided: Decided | None
 
 
 def evaluate(
@@ -62,16 +65,45 @@ def evaluate(
                 labels=batch.label[own], scores=scores[own], masks=batch.mask[own],
                 maps=getattr(maps, config.pixel_score)[own], pro_maps=getattr(maps, config.pro_score)[own],
             )  # fmt: skip
-        concepts = [None] * len(scores) if concept is None else concept.tolist()
-        rows = zip(batch.path, batch.class_index.tolist(), batch.label.tolist(), scores.tolist(), concepts, strict=True)
-        images += [
-            ImageResult(path=path, class_name=class_names[c], label=label, score=score, concept=chosen)
-            for path, c, label, score, chosen in rows
-        ]
+        verdict = None if detector.decision is None else detector.decide(judgement, scores)
+        images += image_results(batch, class_names, scores, concept, verdict)
     detector.train(was_training)
     classes = {name: accumulator.compute() for name, accumulator in accumulators.items()}
     curves = {name: curves_of(accumulator) for name, accumulator in accumulators.items()}
-    return EvalResult(classes=classes, mean=mean_results(classes), images=tuple(images), curves=curves)
+    decided = decided_by(detector, images, config.false_alarm_rate)
+    return EvalResult(classes=classes, mean=mean_results(classes), images=tuple(images), curves=curves, decided=decided)
+
+
+def image_results(
+    batch: FeatureBatch, class_names: Sequence[str], scores: Tensor, concept: Tensor | None, verdict: Verdict | None
+) -> Iterator[ImageResult]:
+    """What is said of each image of a batch."""
+    for row, (path, index, label) in enumerate(
+        zip(batch.path, batch.class_index.tolist(), batch.label.tolist(), strict=True)
+    ):
+        yield ImageResult(
+            path=path, class_name=class_names[index], label=label, score=float(scores[row]),
+            concept=None if concept is None else int(concept[row]),
+            p_value=None if verdict is None else float(verdict.p_value[row]),
+            threshold=None if verdict is None else float(verdict.threshold[row]),
+            defective=None if verdict is None else bool(verdict.defective[row]),
+        )  # fmt: skip
+
+
+def decided_by(detector: Detector, images: Sequence[ImageResult], rate: float) -> Decided | None:
+    """How a detector's thresholds did on test images, None without any."""
+    if detector.decision is None:
+        return None
+    names = list(dict.fromkeys(image.class_name for image in images))
+    alarms, found = (
+        {n: Rate.of([bool(i.defective) for i in images if i.class_name == n and bool(i.label) == bad]) for n in names}
+        for bad in (False, True)
+    )
+    decision = detector.decision
+    return Decided(
+        rate=rate, calibration=decision.images, basis=decision.basis, false_alarms=alarms, found=found,
+        threshold=float(decision.thresholds[0]), interval=None if decision.guaranteed else decision.interval(),
+    )  # fmt: skip
 
 
 def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -182,7 +214,10 @@ def finish(
     chosen = [(image.concept, image.class_name) for part in parts for image in part.images if image.concept is not None]
     shared = config.data.multi_class  # models of their own have concepts of their own
     concepts = agreement(*zip(*chosen, strict=True)) if chosen and shared and len(classes) > 1 else None
-    results = Results(classes=classes, best_on_test=best, intervals=intervals, concepts=concepts, config=config)
+    decided = Decided.joined([part.decided for part in parts if part.decided is not None])
+    results = Results(
+        classes=classes, best_on_test=best, intervals=intervals, concepts=concepts, config=config, decided=decided
+    )
     lines = [write_results(folder, results), f"run folder: {folder}"]
     if pages:
         rows = comparison_rows(config.data.dataset) if config.compared else []

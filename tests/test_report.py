@@ -248,7 +248,7 @@ def test_browser_shows_every_image_without_errors(browser: Any, trained: Path) -
     widths = ask(browser, "[...document.images].map(i => i.complete && i.naturalWidth)")
     assert len(widths) == 2 * 21 and min(widths) == 64
     charts = ask(browser, "[...document.querySelectorAll('.chart > svg')].map(s => s.getBoundingClientRect().height)")
-    assert len(charts) == 2 + 3 + 9 + 5 and min(charts) > 80
+    assert len(charts) == 2 + 3 + 10 + 5 and min(charts) > 80
 
 
 def test_browser_sorts(browser: Any, trained: Path) -> None:

@@ -31,13 +31,17 @@ CHUNK = 16  # images looked at together
 
 @dataclass(frozen=True, kw_only=True)
 class ImageResult:
-    """One test image: its file, class, label, image score, and concept (None without codebooks)."""
+    """One test image: its file, class, label, image score, concept (None without codebooks), and what was decided:
+    p-value, threshold and verdict (None without thresholds)."""
 
     path: str
     class_name: str
     label: int
     score: float
     concept: int | None
+    p_value: float | None = None
+    threshold: float | None = None
+    defective: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
