@@ -21,10 +21,10 @@ from datasets.reading import Reading
 from default import KEPT, Config, TrainConfig, UsageError, flat, from_dict, settings_of, to_dict
 from models.decision import split_in_two
 from models.detector import Detector
+from models.first_look import first_look
 from models.loss import loss_terms
-from models.memory import Choice, Remembering
 from models.official import load_strictly
-from models.vqflow import ChannelStatistics, VQFlow
+from models.vqflow import VQFlow
 from stage import Source, Stage, load_decision, load_scorer
 from test import EvalResult, evaluate, finish, report_pages, save_pictures
 from utils.report.page import ClassPage
@@ -39,7 +39,6 @@ from utils.run.seed import random_state, restore_random_state
 from utils.run.text import printable
 
 LAST, BEST = "last.pt", "best_on_test.pt"
-SEED_IMAGES = 512  # images in which the codes are placed at the start
 LIKELIHOOD = {"likelihood": "bits_per_dim", "released": "objective_per_dim"}  # the latter in nats: no density
 
 Passes = Callable[[], Iterable[FeatureBatch]]
@@ -143,44 +142,6 @@ def bits_per_dim(nll: float) -> float:
     return nll / math.log(2) + math.log2(2 * math.pi) / 2
 
 
-@torch.no_grad()
-def first_look(detector: Detector, batches: Iterable[FeatureBatch], *, images: int, batch_size: int) -> None:
-    """One pass over all `images` training images: channel statistics, the start of our codebooks, the memory.
-
-    Codes are placed in the embeddings of up to `SEED_IMAGES` random images, in batches of about `batch_size`.
-    """
-    flow, memory = detector.flow, detector.scorer.memory
-    seeded = flow.config.codebooks == "seeded" and flow.config.quantize_enable
-    remembering = Remembering(memory, images=images, size=flow.config.memory) if memory is not None else None
-    if not (flow.config.standardize or seeded or remembering):
-        return
-    statistics, choice, chosen = ChannelStatistics(len(flow.channels)), Choice(images=images, size=SEED_IMAGES), []
-    for batch in batches:
-        pooled = flow.pool(batch.features)
-        statistics.add(pooled)
-        if seeded:
-            rows = choice.rows(pooled[0])
-            chosen += [[h[row] for h in pooled] for row in rows]
-        if remembering is not None:
-            remembering.add(batch.features)
-    if flow.config.standardize:
-        flow.set_statistics(statistics)
-    if seeded:
-        flow.train()
-        order = [chosen[i] for i in torch.randperm(len(chosen)).tolist()]
-        flow.hierarchy.seed([flow.standardize(part) for part in stacked(order, batch_size)])
-    if remembering is not None:
-        remembering.finish(*flow.statistics())
-
-
-def stacked(rows: list[list[Tensor]], size: int) -> Iterator[list[Tensor]]:
-    """Images' levels as batches of at most `size`, as equal as can be."""
-    count = -(-len(rows) // size)
-    for number in range(count):
-        part = rows[number * len(rows) // count : (number + 1) * len(rows) // count]
-        yield [torch.stack(level) for level in zip(*part, strict=True)]
-
-
 def kept(passes: Passes) -> Iterator[list[Tensor]]:
     """The features alone."""
     return (batch.features for batch in passes())
@@ -230,7 +191,7 @@ class Trainer:
         done = self._restore(saved) if saved else 0
         if not saved:
             supply = self.supply
-            first_look(self.detector, supply.everything(), images=supply.images, batch_size=train.batch_size)
+            first_look(self.detector, kept(supply.everything), images=supply.images, batch_size=train.batch_size)
         log = RunLog(
             self.folder, kept=done, config=to_dict(self.config), tensorboard=train.tensorboard, wandb=train.wandb_enable
         )

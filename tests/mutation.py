@@ -34,7 +34,7 @@ TESTS = {
     "utils/metrics/sketch.py": "metrics", "utils/metrics/bootstrap.py": "tables",
     "utils/metrics/concepts.py": "memory", "utils/run/schedule.py": "scoring", "train.py": "training",
     "datasets/transforms.py": "datasets seen", "datasets/folder.py": "datasets walk",
-    "datasets/walk.py": "walk datasets", "models/decision.py": "decision",
+    "datasets/walk.py": "walk datasets", "models/decision.py": "decision", "models/first_look.py": "memory",
     "datasets/pixels.py": "seen reading", "datasets/decode.py": "seen reading", "datasets/reading.py": "reading seen",
     "datasets/masks.py": "masks", "datasets/checks.py": "masks reading", "datasets/cache.py": "cache",
     "datasets/features.py": "cache", "datasets/loaders.py": "datasets cache", "datasets/visa.py": "datasets walk",

@@ -16,13 +16,14 @@ from fake_data import METHOD, TINY, make_mvtec
 from main import main
 from models.decision import split_in_two
 from models.detector import Detector
+from models.first_look import first_look
 from models.loss import loss_terms
 from models.scorer import Scorer, ScoreRule, image_scores
 from models.vqflow import VQFlow
 from stage import Stage, load_detector
 from test import evaluate, look_at
 from tests.test_vqflow import CHANNELS, build
-from train import Supply, Trainer, first_look, train_epoch
+from train import Supply, Trainer, train_epoch
 from utils.metrics import evaluate_maps
 from utils.run.checkpoint import read_checkpoint
 from utils.run.log import RunLog, read_lines
@@ -166,7 +167,7 @@ def test_every_checkpoint_is_calibrated(tmp_path: Path, held_out: bool, memory: 
     )  # fmt: skip
     log = RunLog(tmp_path, kept=0, config={}, tensorboard=False, wandb=False)
     if memory:
-        first_look(detector, rows(), images=8, batch_size=4)
+        first_look(detector, (batch.features for batch in rows()), images=8, batch_size=4)
     for epoch in range(2):
         trainer._meta_epoch(epoch, log)
         state = read_checkpoint(tmp_path / "last.pt")["scorer"]["state"]
