@@ -56,10 +56,14 @@ def mutations(each: int, seed: int, modules: list[str]) -> list[MutationSpec]:
 
 
 def is_equivalent(mutation: MutationSpec, lines: list[str]) -> bool:
-    """Whether no test can notice: what nothing reads, and the star of a signature."""
+    """Whether no test can notice: what nothing reads, the star of a signature, and how a dataclass is guarded."""
     line, column = mutation.start_pos
-    star = lines[line - 1][column : column + 2] == "*,"
-    return star or any(word in mutation.operator_name for word in EQUIVALENT)
+    text = lines[line - 1]
+    return (
+        text[column : column + 2] == "*,"
+        or text.startswith("@dataclass")
+        or any(word in mutation.operator_name for word in EQUIVALENT)
+    )
 
 
 def tried(mutation: MutationSpec) -> tuple[MutationSpec, bool, str]:
