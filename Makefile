@@ -57,7 +57,7 @@ benchmark-metrics: setup
 	$(PY) benchmarks/metrics.py
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 # Needs a Python that the oldest releases were built for, 3.10 to 3.12: make test-floors PYTHON=python3.10
 test-floors: .venv-floors/ready

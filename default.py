@@ -26,7 +26,12 @@ VISA_CLASSES = (
 )  # fmt: skip
 DATASETS = ("mvtec", "visa", "folder", "sample")
 PUBLISHED = ("mvtec", "visa")  # data sets that others have published figures of
+GOOD_NAMES = (
+    "good", "ok", "okay", "normal", "nominal", "pass", "passed", "healthy", "clean", "defect_free", "no_defect",
+)  # fmt: skip
 SCORES = ("mul", "add", "likelihood", "surprise", "contrast")
+ABSOLUTE = ("likelihood", "surprise", "contrast")  # scores by which images can be compared
+CALIBRATED = ("surprise", "contrast")  # scores in units of what normal images have
 
 
 class UsageError(ValueError):
@@ -105,6 +110,32 @@ class DataConfig(Part):
     limit: int | None = option(
         None, "use at most this many images per class and kind, for a quick look", binds="data", low=1
     )
+    bit_depth: int | None = option(
+        None,
+        "bits of integer images that have more than 8 per channel (default: the least of 8, 10, 12, 14, 16, 20, 24 and "
+        "32 that hold a class's training images)",
+        binds="result",  # what was decided with it is in the checkpoint (`datasets.reading`)
+        low=8,
+        high=32,
+    )
+    float_range: tuple[float, ...] | None = option(
+        None,
+        "black and white of floating-point images: two values (default: what suits a class's training images)",
+        binds="result",
+    )
+    background: str = option(
+        "auto",
+        "what transparent images are laid on; auto: per class, the one that is farther from its visible pixels",
+        binds="result",
+        choices=("auto", "white", "black"),
+    )
+    max_pixels: int = option(
+        178_956_970, "most pixels that an image may have; more are taken for a mistake", binds="free", low=1
+    )
+    good_names: tuple[str, ...] = option(GOOD_NAMES, "folders of good images, whatever the case", binds="result")
+    trust_masks: bool = option(
+        False, "take masks as they are: inverted or empty ones, and those of another shape, too", binds="result"
+    )
     holdout: float = option(
         0.0,
         "share of the training images of each class that is not trained on, but says what scores unseen normal images "
@@ -128,6 +159,12 @@ class DataConfig(Part):
         "insist on a cache: refuse to run if the features do not fit, where --cache auto would do without",
         binds="free",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        span = self.float_range
+        if span is not None and (len(span) != 2 or not span[0] < span[1]):
+            raise UsageError(f"--float-range: expected black and a higher white, but got {' '.join(map(str, span))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +344,13 @@ class EvalConfig(Part):
     image_score: str = option("mul", "map that image metrics are made of", binds="run", choices=SCORES)
     pixel_score: str = option("add", "map that pixel metrics are made of", binds="run", choices=SCORES)
     pro_score: str = option("mul", "map that AUPRO is made of", binds="run", choices=SCORES)
+    false_alarm_rate: float = option(
+        0.01,
+        "share of normal images that may be called defective, and of those on which any pixel is marked",
+        binds="run",
+        low=1e-6,
+        high=0.5,
+    )
     top_k: float = option(
         0.03, "share of the highest pixels whose mean is the image score", binds="run", low=1e-6, high=1.0
     )
@@ -335,6 +379,12 @@ class EvalConfig(Part):
     )
     pictures: int = option(4, "pictures per class and kind of defect (image, score map, mask)", binds="free", low=0)
     report: bool = option(True, "write report.html into the run folder", binds="free")
+
+    @property
+    def shown_score(self) -> str:
+        """The map that is shown and thresholded: the image score's own, which explains a verdict, or the pixel score's,
+        whichever images can be compared by, else the likelihood."""
+        return next((name for name in (self.image_score, self.pixel_score) if name in ABSOLUTE), "likelihood")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,26 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from default import Config, EvalConfig, UsageError
+from models.detector import Detector
 from models.hierarchy import position_encoding
-from models.vqflow import VQFlow
-from stage import Stage, find_checkpoints, load_model, normalization_of, settled_config
+from models.scorer import image_scores
+from stage import Stage, find_checkpoints, load_detector, normalization_of, settled_config
 from utils.run.checkpoint import read_checkpoint
 from utils.run.log import optional
-from utils.scoring import image_scores, score_maps
 
 TOLERANCE = 1e-3  # of the highest score
 
 
-class Detector(nn.Module):
+class Exported(nn.Module):
     """Images (B, 3, S, S), RGB in [0, 1] -> map (B, H, H) and score (B,)."""
 
-    def __init__(self, extractor: nn.Module, model: VQFlow, config: EvalConfig, size: int) -> None:
+    def __init__(self, extractor: nn.Module, detector: Detector, config: EvalConfig) -> None:
         super().__init__()
-        self.extractor, self.model, self.config, self.size = extractor, model, config, size
+        self.extractor, self.detector, self.config = extractor, detector, config
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.model.forward_features(self.extractor(image))
-        maps = score_maps(output.latents, self.size, output.local_log_det, output.surprise)
+        maps = self.detector.judge(self.detector.flow.keep(self.extractor(image))).maps
         scores = image_scores(getattr(maps, self.config.image_score), self.config.top_k)
         return getattr(maps, self.config.pixel_score), scores
 
@@ -51,24 +50,27 @@ def run_export(config: Config, chosen: dict[str, Any]) -> Path:
     content = read_checkpoint(paths[0])
     own = settled_config(content, config, chosen, str(paths[0]))
     # Lookups in tables of products speed up our own code; an ONNX runtime is best at plain convolutions.
-    own = replace(own, model=replace(own.model, conditioning="direct"), run=replace(own.run, device="cpu"))
+    own = replace(
+        own, model=replace(own.model, conditioning="direct"), run=replace(own.run, device="cpu"),
+        train=replace(own.train, amp_enable=False),
+    )  # fmt: skip
     stage = Stage(own, normalization_of(content))
-    detector = Detector(stage.extractor, load_model(content, stage, str(paths[0])), own.eval, own.score_size).eval()
+    exported = Exported(stage.extractor, load_detector(content, stage, str(paths[0])), own.eval).eval()
     target = paths[0].with_name("model.onnx")
-    write_onnx(detector, target, own.data.input_size)
-    worst = deviation(detector, runtime.InferenceSession(str(target)), own.data.input_size)
+    write_onnx(exported, target, own.data.input_size)
+    worst = deviation(exported, runtime.InferenceSession(str(target)), own.data.input_size)
     if not worst < TOLERANCE:
         raise UsageError(f"--mode export: the scores of {target} are off by {worst:.2g} of the highest")
     print(f"{target}: image (B, 3, {own.data.input_size}, {own.data.input_size}) -> map, score; off by {worst:.1g}")
     return target
 
 
-def write_onnx(detector: Detector, target: Path, size: int) -> None:
+def write_onnx(exported: Exported, target: Path, size: int) -> None:
     """Trace with two images of `size`; the batch stays free. Weights are inside the file."""
     example = torch.zeros(2, 3, size, size)
     with torch.no_grad():
         torch.onnx.export(
-            detector, (example,), str(target), dynamo=True, verbose=False, external_data=False,
+            exported, (example,), str(target), dynamo=True, verbose=False, external_data=False,
             input_names=["image"], output_names=["map", "score"],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},),
         )  # fmt: skip
@@ -76,8 +78,8 @@ def write_onnx(detector: Detector, target: Path, size: int) -> None:
 
 
 @torch.no_grad()
-def deviation(detector: Detector, session: Any, size: int) -> float:
+def deviation(exported: Exported, session: Any, size: int) -> float:
     """Largest difference of maps and scores of three random images, as a share of the highest."""
     image = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-    pairs = zip(session.run(None, {"image": image.numpy()}), detector(image), strict=True)
+    pairs = zip(session.run(None, {"image": image.numpy()}), exported(image), strict=True)
     return max(float(np.abs(a - b.numpy()).max() / np.abs(b.numpy()).max().clip(1e-12)) for a, b in pairs)

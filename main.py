@@ -28,6 +28,7 @@ from default import (
     shown,
     to_dict,
 )
+from utils.run.text import printable
 
 DESCRIPTION = "Train one VQ-Flow anomaly detector for all classes, evaluate it, and reproduce the paper's tables."
 
@@ -215,7 +216,7 @@ def guarded(argv: Sequence[str]) -> int:
     try:
         run(argv)
     except UsageError as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
+        print(printable(f"main.py: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last finished meta epoch", file=sys.stderr)

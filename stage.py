@@ -15,17 +15,37 @@ from tqdm import tqdm
 from datasets.cache import FeatureSize, cache_key, check_space, make_store, to_half
 from datasets.features import CachedFeatures, LiveFeatures
 from datasets.folder import ImageFolder
-from datasets.loaders import ImageLoader, resolve_workers, test_loader, train_loader
-from default import FIXED, Config, UsageError, flag_of, flat, from_dict, make_config, settings_of, shown, to_dict
+from datasets.loaders import ImageLoader, ordered_loader, resolve_workers, train_loader
+from datasets.reading import RELEASED, Reading
+from default import (
+    CALIBRATED,
+    FIXED,
+    SCORES,
+    Config,
+    EvalConfig,
+    ModelConfig,
+    UsageError,
+    flag_of,
+    flat,
+    from_dict,
+    make_config,
+    settings_of,
+    shown,
+    to_dict,
+)
+from models.decision import Calibrated, Decision, scoring_of
+from models.detector import Detector
 from models.extractor import IMAGENET, FrozenExtractor, Normalization
 from models.official import is_official, load_official, load_strictly
+from models.scorer import Scorer, ScoreRule
 from models.vqflow import VQFlow, pool_features
-from utils.run.checkpoint import FORMAT
 from utils.run.device import autocast, check_compiler, has_bfloat16, resolve_device
 from utils.run.folders import check_writable
 from utils.run.seed import seed_everything
+from utils.run.upgrade import FORMAT, OLD
 
 Source = LiveFeatures | CachedFeatures
+KEYS = {"config", "model", "scorer", "classes", "extractor"}  # of a checkpoint of ours
 
 
 class Stage:
@@ -58,31 +78,33 @@ class Stage:
         self.workers = resolve_workers(config.data.workers, self.device.type)
         self._loaders: list[ImageLoader] = []
 
-    def build_model(self) -> VQFlow:
-        """A new model, its random choices drawn from the seed."""
+    def build_flow(self) -> VQFlow:
+        """A new flow, its random choices drawn from the seed."""
         seed_everything(self.config.run.seed)
-        model = VQFlow(
+        return VQFlow(
             self.config.model, self.extractor.channels, self.extractor.strides,
             recompute=self.config.train.checkpoint_activations,
         )  # fmt: skip
-        return self.placed(model)
 
-    def placed(self, model: VQFlow) -> VQFlow:
-        """On the device, channels-last, compiled if wanted."""
+    def build_detector(self, flow: VQFlow | None = None, scorer: Scorer | None = None) -> Detector:
+        """A flow and a scorer, new ones unless given: on the device, channels-last, compiled if wanted."""
+        flow = flow or self.build_flow()
+        scorer = scorer or Scorer(channels=self.extractor.channels, memory=bool(self.config.model.memory))
         if self.config.train.compile:
-            model.compile_flows()
-        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            flow.compile_flows()
+        detector = Detector(flow, scorer, size=self.config.score_size, amp=self.config.train.amp_enable)
+        return detector.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def extract(self, image: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) -> pooled feature levels in float32.
+        """Images (B, 3, H, W) in [0, 1] -> kept feature levels (see `VQFlow`) in float32.
 
         Rounded to half precision unless --cache none: a cache holds no more, and what is computed must equal what is
         kept, to the bit, wherever a model is trained or evaluated.
         """
         with torch.no_grad(), autocast(self.device, self.config.train.amp_enable):
             levels = self.extractor(image.contiguous(memory_format=torch.channels_last))
-        pooled = pool_features(levels, self.extractor.strides, self.config.model.kept_pool)
-        return [h.float() if self.config.data.cache == "none" else to_half(h).float() for h in pooled]
+        kept = pool_features(levels, self.extractor.strides, self.config.model.kept_pool)
+        return [h.float() if self.config.data.cache == "none" else to_half(h).float() for h in kept]
 
     def training_features(self, dataset: ImageFolder) -> Source:
         """Shuffled batches, the last partial one dropped."""
@@ -95,9 +117,9 @@ class Stage:
         )  # fmt: skip
         return self._source(loader, dataset)
 
-    def test_features(self, dataset: ImageFolder) -> Source:
-        """All images in order."""
-        return self._source(self._ordered(dataset), dataset)
+    def ordered_features(self, dataset: ImageFolder, numbers: Sequence[int] | None = None) -> Source:
+        """All images in order, or those of these numbers."""
+        return self._source(self._ordered(dataset, numbers), dataset)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -108,23 +130,24 @@ class Stage:
             for loader in self._loaders:
                 loader.end_workers()
 
-    def _ordered(self, dataset: ImageFolder) -> ImageLoader:
-        return test_loader(
-            dataset,
-            batch_size=self.config.train.batch_size,
-            workers=self.workers,
+    def _ordered(self, dataset: ImageFolder, numbers: Sequence[int] | None = None) -> ImageLoader:
+        return ordered_loader(
+            dataset, batch_size=self.config.train.batch_size, workers=self.workers, numbers=numbers,
             pin_memory=self.device.type == "cuda",
-        )
+        )  # fmt: skip
 
-    def _source(self, loader: ImageLoader, dataset: ImageFolder) -> Source:
-        """From a cache as --cache says, else computed batch by batch."""
-        self._loaders.append(loader)
-        data, ordered = self.config.data, self._ordered(dataset)
+    def cache_folder(self, dataset: ImageFolder) -> Path:
+        """Where features of these images, as this configuration extracts them, are kept on disk."""
         key = cache_key(
             dataset, extractor=self.fingerprint, pool=self.config.model.kept_pool, size=dataset.input_size,
             masks=dataset.mask_size, amp=self.config.train.amp_enable and has_bfloat16(self.device),
         )  # fmt: skip
-        folder = self.cache / key
+        return self.cache / key
+
+    def _source(self, loader: ImageLoader, dataset: ImageFolder) -> Source:
+        """From a cache as --cache says, else computed batch by batch."""
+        self._loaders.append(loader)
+        data, ordered, folder = self.config.data, self._ordered(dataset), self.cache_folder(dataset)
         place = "disk" if data.cache == "auto" else data.cache
         if data.cache == "auto" and not data.pre_extract and not folder.is_dir():
             once = self.config.run.mode == "test"  # a cache would not be read a second time
@@ -170,9 +193,10 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
     """
     if is_official(content):
         return replace(
-            config, model=replace(config.model, objective="released", codebooks="released", standardize=False)
+            config,
+            model=replace(config.model, objective="released", codebooks="released", standardize=False, memory=0),
         )
-    if content.get("format") != FORMAT or not {"config", "model", "classes", "extractor"} <= content.keys():
+    if content.get("format") not in (OLD, FORMAT) or not content.keys() >= KEYS:
         raise UsageError(f"--eval_ckpt: {name} is not a checkpoint of this program or of the released code")
     try:
         saved = from_dict(content["config"])
@@ -221,24 +245,94 @@ def asked_classes(config: Config, saved: Config, own: tuple[str, ...], name: str
 
 
 def normalization_of(content: dict[str, Any]) -> Normalization:
-    """Mean and deviation of the images that a checkpoint's model saw; in version 1.0 they were ImageNet's for all."""
-    mean, std = content.get("normalization", IMAGENET)
+    """Mean and deviation that the images of a checkpoint's model were normalised with."""
+    mean, std = content.get("normalization", IMAGENET)  # official ones hold none
     return tuple(mean), tuple(std)
 
 
-def load_model(content: dict[str, Any], stage: Stage, name: str) -> VQFlow:
-    """The model of a checkpoint, in eval mode.
+def image_readings(content: dict[str, Any], class_names: Sequence[str]) -> dict[str, Reading]:
+    """How a checkpoint's model reads the images of each class; version 1.0 did not say.
 
     Raises:
-        UsageError: other sizes than asked for, or other weights of the extractor than in training.
+        UsageError: a newer version wrote it.
     """
+    saved = content.get("readings", {})
+    try:
+        return {n: Reading.from_plain(saved[n]) if n in saved else RELEASED for n in class_names}
+    except (TypeError, AttributeError) as error:
+        raise UsageError("--eval_ckpt: the model reads images in a way that this version does not know") from error
+
+
+def load_detector(content: dict[str, Any], stage: Stage, name: str) -> Detector:
+    """Flow and scorer of a checkpoint, in eval mode.
+
+    Raises:
+        UsageError: other sizes than asked for, other weights of the extractor than in training, or scores that the
+            checkpoint has no units for.
+    """
+    config = stage.config
     if is_official(content):
-        model = load_official(content, stage.config.model, stage.extractor.channels, name=name)
-        return stage.placed(model)
-    if content["extractor"] != stage.extractor.fingerprint(normalized="normalization" in content):
-        raise UsageError(
-            f"--weights: {name} was trained on other weights of {stage.config.model.extractor} than the ones here"
-        )
-    model = stage.build_model()
-    load_strictly(model, content["model"], name)
-    return model.eval()
+        flow = load_official(content, config.model, stage.extractor.channels, name=name)
+        detector = stage.build_detector(flow)
+    else:
+        if content["extractor"] != stage.extractor.fingerprint(normalized=content["format"] != OLD):
+            raise UsageError(
+                f"--weights: {name} was trained on other weights of {config.model.extractor} than the ones here"
+            )
+        flow = stage.build_flow()
+        load_strictly(flow, content["model"], name)
+        detector = stage.build_detector(flow, load_scorer(content, config.model, stage.extractor.channels, name))
+    refuse_unknown_units(detector, config.eval, name)
+    detector.decision = load_decision(content, config, name)
+    return detector.to(stage.device).eval()
+
+
+def load_decision(content: dict[str, Any], config: Config, name: str) -> Decision | None:
+    """The thresholds of a checkpoint; None if it has none for the scores that are asked for, with a line that says so.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    stored = content.get("decision")
+    if stored is None:
+        return None
+    try:
+        calibrated = Calibrated.of(stored)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"--eval_ckpt: {name} holds thresholds that this version does not know") from error
+    asked = scoring_of(config.eval, config.score_size)
+    others = [setting for setting, value in asked.items() if calibrated.scoring.get(setting) != value]
+    if others:
+        print(f"{name}: its thresholds are for another {', '.join(others)} than asked for; no verdicts")
+        return None
+    return Decision(calibrated, config.eval.false_alarm_rate)
+
+
+def load_scorer(content: dict[str, Any], config: ModelConfig, channels: Sequence[int], name: str) -> Scorer:
+    """The scorer of a checkpoint of ours, with the constants that it was made with.
+
+    Raises:
+        UsageError: it does not fit the settings, or its constants cannot be read.
+    """
+    stored = content["scorer"]
+    try:
+        rule, state = ScoreRule.of(stored["rule"]), dict(stored["state"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"--eval_ckpt: {name} holds a scorer that this version does not know") from error
+    scorer = Scorer(channels=channels, memory=bool(config.memory), rule=rule)
+    if scorer.memory is not None:
+        scorer.memory.make_room({k.removeprefix("memory."): v for k, v in state.items()})
+    load_strictly(scorer, state, name)
+    return scorer
+
+
+def refuse_unknown_units(detector: Detector, config: EvalConfig, name: str) -> None:
+    """Raise `UsageError` if a score is wanted whose units were never learnt."""
+    if int(detector.scorer.calibrated):
+        return
+    for flag in ("image_score", "pixel_score", "pro_score"):
+        if getattr(config, flag) in CALIBRATED:
+            raise UsageError(
+                f"{flag_of(flag)}: {getattr(config, flag)!r} is in units of normal images, which {name} does not hold; "
+                f"choose from {', '.join(s for s in SCORES if s not in CALIBRATED)}"
+            )

@@ -12,25 +12,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import build_datasets, resolve_classes, split_holdout
+from datasets import build_datasets, present_classes, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from datasets.transforms import to_picture
-from default import Config, EvalConfig, to_dict
-from models.vqflow import VQFlow, VQFlowOutput
-from stage import Stage, find_checkpoints, load_model, normalization_of, settled_config
+from default import ABSOLUTE, Config, EvalConfig, UsageError, to_dict
+from models.decision import Verdict
+from models.detector import Detector
+from models.scorer import image_scores
+from stage import Stage, find_checkpoints, image_readings, load_detector, normalization_of, settled_config
 from utils.metrics import ClassAccumulator, ClassResult, mean_results
 from utils.metrics.bootstrap import bootstrap
 from utils.metrics.concepts import agreement
+from utils.metrics.decisions import Decided, Rate
 from utils.metrics.published import comparison_rows
-from utils.report.gallery import ImageResult, Look, Views, calibrate
+from utils.report.gallery import ImageResult, Look, Views, normal_range
 from utils.report.page import ClassPage, Curves, class_page, curves_of, report_run
 from utils.report.plots import save_picture, triptych
 from utils.report.results import Results, write_results
 from utils.run.checkpoint import read_checkpoint
-from utils.run.device import autocast
 from utils.run.folders import new_run, write_config
-from utils.scoring import ABSOLUTE, ScoreMaps, image_scores, score_maps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,59 +42,68 @@ class EvalResult:
     mean: ClassResult
     images: tuple[ImageResult, ...]
     curves: dict[str, Curves]
-
-
-@torch.no_grad()
-def forward(model: VQFlow, features: Sequence[Tensor], *, amp: bool = False) -> VQFlowOutput:
-    """What the model says of pooled feature levels."""
-    with autocast(features[0].device, amp):
-        return model.forward_pooled(features)
-
-
-def predict(model: VQFlow, features: Sequence[Tensor], size: int, *, amp: bool = False) -> ScoreMaps:
-    """Maps (B, size, size) of pooled feature levels."""
-    output = forward(model, features, amp=amp)
-    return score_maps(output.latents, size, output.local_log_det, output.surprise)
+    decided: Decided | None
 
 
 def evaluate(
-    model: VQFlow,
-    batches: Iterable[FeatureBatch],
-    class_names: Sequence[str],
-    config: EvalConfig,
-    *,
-    size: int,
-    amp: bool = False,
+    detector: Detector, batches: Iterable[FeatureBatch], class_names: Sequence[str], config: EvalConfig
 ) -> EvalResult:
-    """Score every image of `batches` and compute each class's metrics.
+    """Score every image of `batches`, whose masks have the detector's size, and compute each class's metrics.
 
-    Args:
-        model: is put into eval mode, and back as it was.
-        size: side of maps and masks.
+    The detector is put into eval mode, and back as it was.
     """
-    was_training = model.training
-    model.eval()
+    was_training = detector.training
+    detector.eval()
     accumulators = {name: ClassAccumulator(fpr_limit=config.fpr_limit) for name in class_names}
     images: list[ImageResult] = []
     for batch in batches:
-        output = forward(model, batch.features, amp=amp)
-        maps = score_maps(output.latents, size, output.local_log_det, output.surprise)
+        judgement = detector.judge(batch.features)
+        maps, concept = judgement.maps, judgement.output.concept
         scores = image_scores(getattr(maps, config.image_score), config.top_k)
         for index, own in by_class(batch.class_index):
             accumulators[class_names[index]].update(
                 labels=batch.label[own], scores=scores[own], masks=batch.mask[own],
                 maps=getattr(maps, config.pixel_score)[own], pro_maps=getattr(maps, config.pro_score)[own],
             )  # fmt: skip
-        concepts = [None] * len(scores) if output.concept is None else output.concept.tolist()
-        rows = zip(batch.path, batch.class_index.tolist(), batch.label.tolist(), scores.tolist(), concepts, strict=True)
-        images += [
-            ImageResult(path=path, class_name=class_names[c], label=label, score=score, concept=concept)
-            for path, c, label, score, concept in rows
-        ]
-    model.train(was_training)
+        verdict = None if detector.decision is None else detector.decide(judgement, scores)
+        images += image_results(batch, class_names, scores, concept, verdict)
+    detector.train(was_training)
     classes = {name: accumulator.compute() for name, accumulator in accumulators.items()}
     curves = {name: curves_of(accumulator) for name, accumulator in accumulators.items()}
-    return EvalResult(classes=classes, mean=mean_results(classes), images=tuple(images), curves=curves)
+    decided = decided_by(detector, images, config.false_alarm_rate)
+    return EvalResult(classes=classes, mean=mean_results(classes), images=tuple(images), curves=curves, decided=decided)
+
+
+def image_results(
+    batch: FeatureBatch, class_names: Sequence[str], scores: Tensor, concept: Tensor | None, verdict: Verdict | None
+) -> Iterator[ImageResult]:
+    """What is said of each image of a batch."""
+    for row, (path, index, label) in enumerate(
+        zip(batch.path, batch.class_index.tolist(), batch.label.tolist(), strict=True)
+    ):
+        yield ImageResult(
+            path=path, class_name=class_names[index], label=label, score=float(scores[row]),
+            concept=None if concept is None else int(concept[row]),
+            p_value=None if verdict is None else float(verdict.p_value[row]),
+            threshold=None if verdict is None else float(verdict.threshold[row]),
+            defective=None if verdict is None else bool(verdict.defective[row]),
+        )  # fmt: skip
+
+
+def decided_by(detector: Detector, images: Sequence[ImageResult], rate: float) -> Decided | None:
+    """How a detector's thresholds did on test images, None without any."""
+    if detector.decision is None:
+        return None
+    names = list(dict.fromkeys(image.class_name for image in images))
+    alarms, found = (
+        {n: Rate.of([bool(i.defective) for i in images if i.class_name == n and bool(i.label) == bad]) for n in names}
+        for bad in (False, True)
+    )
+    decision = detector.decision
+    return Decided(
+        rate=rate, calibration=decision.images, basis=decision.basis, false_alarms=alarms, found=found,
+        threshold=float(decision.thresholds[0]), interval=None if decision.guaranteed else decision.interval(),
+    )  # fmt: skip
 
 
 def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -107,20 +117,23 @@ def absolute_map(config: EvalConfig) -> str:
     return config.pixel_score if config.pixel_score in ABSOLUTE else "likelihood"
 
 
-def look_at(stage: Stage, model: VQFlow, dataset: ImageFolder) -> Look:
-    """Shows images of a data set by their numbers, with what the model, put into eval mode, says of them."""
+def look_at(stage: Stage, detector: Detector, dataset: ImageFolder, *, remembered: bool = False) -> Look:
+    """Shows images of a data set by their numbers, with what the detector, put into eval mode, says of them.
+
+    `remembered` images were trained on: what the memory holds of an image itself does not count.
+    """
     config = stage.config.eval
-    model.eval()
+    detector.eval()
 
     def look(numbers: Sequence[int]) -> Views:
         samples = [dataset[n] for n in numbers]
         features = stage.extract(torch.stack([sample.image for sample in samples]).to(stage.device))
-        maps = predict(model, features, dataset.input_size, amp=stage.config.train.amp_enable)
+        maps = detector.judge(features, own=not remembered).maps
         return Views(
             images=np.stack([to_picture(sample.image) for sample in samples]),
             masks=torch.stack([sample.mask for sample in samples]).numpy(),
-            maps=maps,
-            absolute=absolute_map(config),
+            heat=getattr(maps, absolute_map(config)).cpu().numpy(),
+            pixel=getattr(maps, config.pixel_score).cpu().numpy(),
             scores=image_scores(getattr(maps, config.image_score), config.top_k).cpu().numpy(),
         )
 
@@ -128,7 +141,7 @@ def look_at(stage: Stage, model: VQFlow, dataset: ImageFolder) -> Look:
 
 
 def report_pages(
-    stage: Stage, model: VQFlow, datasets: tuple[ImageFolder, ImageFolder], result: EvalResult, share: int
+    stage: Stage, detector: Detector, datasets: tuple[ImageFolder, ImageFolder], result: EvalResult, share: int
 ) -> dict[str, ClassPage]:
     """What the report says of the classes of `result`; nothing with --no-report.
 
@@ -138,27 +151,29 @@ def report_pages(
     """
     if not stage.config.eval.report:
         return {}
-    train, test = (look_at(stage, model, dataset) for dataset in datasets)
+    train = look_at(stage, detector, datasets[0], remembered=not stage.config.data.holdout)
+    test = look_at(stage, detector, datasets[1])
     normal = [
         [n for n, item in enumerate(datasets[0].items) if item.class_index == i] for i in range(len(result.classes))
     ]
     return {
         name: class_page(
-            result=outcome, curves=result.curves[name], calibration=calibrate(train, numbers), look=test, share=share,
+            result=outcome, curves=result.curves[name], normal=normal_range(train, numbers), look=test, share=share,
             images={n: image for n, image in enumerate(result.images) if image.class_name == name},
         )
         for (name, outcome), numbers in zip(result.classes.items(), normal, strict=True)
     }  # fmt: skip
 
 
-def save_pictures(stage: Stage, model: VQFlow, dataset: ImageFolder, class_names: Sequence[str], folder: Path) -> int:
+def save_pictures(
+    stage: Stage, detector: Detector, dataset: ImageFolder, class_names: Sequence[str], folder: Path
+) -> int:
     """Image, score map and mask side by side, the first few of each class and kind; how many were written.
 
     One colour scale per class: from the median of its good images to the highest value shown.
     """
     config = stage.config.eval
-    dataset = ImageFolder(dataset.items, dataset.input_size)  # masks at the pictures' size
-    look = look_at(stage, model, dataset)
+    look = look_at(stage, detector, dataset)
     chosen: dict[int, dict[str, list[int]]] = {}
     for number, item in enumerate(dataset.items):
         kinds = chosen.setdefault(item.class_index, {}).setdefault(item.kind, [])
@@ -170,13 +185,13 @@ def save_pictures(stage: Stage, model: VQFlow, dataset: ImageFolder, class_names
         if not numbers:
             continue
         views = look(numbers)
-        scores = getattr(views.maps, config.pixel_score).cpu().numpy()
+        scores = views.pixel
         good = np.array([dataset.items[n].label == 0 for n in numbers])
         low, high = float(np.median(scores[good] if good.any() else scores)), float(scores.max())
         for number, image, mask, score in zip(numbers, views.images, views.masks, scores, strict=True):
             item = dataset.items[number]
             picture = triptych(image, score, mask, low=low, high=high)
-            save_picture(folder / class_names[index] / f"{item.kind}_{item.path.stem}.jpg", picture)
+            save_picture(folder / class_names[index] / f"{item.kind}_{item.name.replace('/', '_')}.jpg", picture)
             count += 1
     return count
 
@@ -199,12 +214,31 @@ def finish(
     chosen = [(image.concept, image.class_name) for part in parts for image in part.images if image.concept is not None]
     shared = config.data.multi_class  # models of their own have concepts of their own
     concepts = agreement(*zip(*chosen, strict=True)) if chosen and shared and len(classes) > 1 else None
-    results = Results(classes=classes, best_on_test=best, intervals=intervals, concepts=concepts, config=config)
-    print(write_results(folder, results))
-    print(f"run folder: {folder}")
+    decided = Decided.joined([part.decided for part in parts if part.decided is not None])
+    results = Results(
+        classes=classes, best_on_test=best, intervals=intervals, concepts=concepts, config=config, decided=decided
+    )
+    lines = [write_results(folder, results), f"run folder: {folder}"]
     if pages:
         rows = comparison_rows(config.data.dataset) if config.compared else []
-        print(f"report: {report_run(folder, pages, to_dict(config), shared_model=shared, published=rows)}")
+        lines.append(f"report: {report_run(folder, pages, to_dict(config), shared_model=shared, published=rows)}")
+    print("\n".join(lines))  # when all is written
+
+
+def on_classes_there(content: dict[str, Any], config: Config, chosen: dict[str, Any]) -> Config | None:
+    """Unless classes were asked for by name: those of a checkpoint's classes that the data set holds, None if none.
+
+    Raises:
+        UsageError: a class was asked for that the checkpoint does not have.
+    """
+    own, asked = content.get("classes"), chosen.get("class_names", ("all",))
+    if own is None:  # an official checkpoint names none
+        return config
+    for name in asked:
+        if name not in ("all", *own):
+            raise UsageError(f"--class-names: the model has no class {name!r}; choose from all, {', '.join(own)}")
+    names = present_classes(config.data, own) if "all" in asked else config.data.class_names
+    return replace(config, data=replace(config.data, class_names=names)) if names else None
 
 
 def run_test(config: Config, chosen: dict[str, Any]) -> None:
@@ -221,19 +255,24 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
     paths = find_checkpoints(Path(config.eval.eval_ckpt), config.data.class_names)
     for path in paths:
         content = read_checkpoint(path)
-        own = settled_config(content, config, chosen, str(path))
+        settled = on_classes_there(content, settled_config(content, config, chosen, str(path)), chosen)
+        if settled is None:
+            continue
+        own = settled
         class_names = resolve_classes(own.data)
-        train, test = build_datasets(own.data, class_names, own.score_size)
+        readings = image_readings(content, class_names)
+        train, test = build_datasets(own.data, class_names, own.score_size, readings)
         stage = Stage(own, normalization_of(content))
-        model = load_model(content, stage, str(path))
-        source = stage.test_features(test)
+        detector = load_detector(content, stage, str(path))
+        source = stage.ordered_features(test)
         batches = tqdm(source.epoch(0), total=len(source), desc="evaluation", leave=False)
-        parts.append(evaluate(model, batches, class_names, own.eval, size=own.score_size, amp=own.train.amp_enable))
+        parts.append(evaluate(detector, batches, class_names, own.eval))
         folder = folder or new_run(own)
         normal = split_holdout(train, own.data.holdout)[1]
-        save_pictures(stage, model, test, class_names, folder / "pictures")
-        pages |= report_pages(stage, model, (normal, test), parts[-1], len(class_names) * len(paths))
-    assert folder is not None
+        save_pictures(stage, detector, test, class_names, folder / "pictures")
+        pages |= report_pages(stage, detector, (normal, test), parts[-1], len(class_names) * len(paths))
+    if folder is None:
+        raise UsageError(f"--data-path: no class of {config.eval.eval_ckpt} is there")
     own = replace(own, data=replace(own.data, class_names=tuple(n for part in parts for n in part.classes)))
     write_config(folder, own)
     finish(folder, own, parts, None, pages)

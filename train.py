@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,14 +14,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import build_datasets, resolve_classes, split_holdout
+from datasets import build_datasets, evenly_spread, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
+from datasets.reading import Reading
 from default import KEPT, Config, TrainConfig, UsageError, flat, from_dict, settings_of, to_dict
+from models.decision import split_in_two
+from models.detector import Detector
+from models.first_look import first_look
 from models.loss import loss_terms
 from models.official import load_strictly
 from models.vqflow import VQFlow
-from stage import Source, Stage
+from stage import Source, Stage, load_decision, load_scorer
 from test import EvalResult, evaluate, finish, report_pages, save_pictures
 from utils.report.page import ClassPage
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
@@ -31,22 +36,21 @@ from utils.run.log import RunLog, optional
 from utils.run.profile import traced
 from utils.run.schedule import learning_rate
 from utils.run.seed import random_state, restore_random_state
+from utils.run.text import printable
 
 LAST, BEST = "last.pt", "best_on_test.pt"
-SEED_IMAGES = 512  # images in which the codes are placed at the start
-FIRST_LOOK = -1  # number of the passes before the first sub epoch
+LIKELIHOOD = {"likelihood": "bits_per_dim", "released": "objective_per_dim"}  # the latter in nats: no density
 
-Features = Callable[[int], Iterable[FeatureBatch]]  # sub epoch, or FIRST_LOOK -> batches
+Passes = Callable[[], Iterable[FeatureBatch]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochStats:
-    """Means over a sub epoch: `loss` and `nll` in nats per image, `bits_per_dim`, `commitment`, `grad_norm` before
-    clipping; the last learning rate `lr`; `images` and `seconds`."""
+    """Means over a sub epoch: `loss` and `nll` in nats per image (with noise, and batch statistics in the norms),
+    `commitment`, `grad_norm` before clipping; the last learning rate `lr`; `images` and `seconds`."""
 
     loss: float
     nll: float
-    bits_per_dim: float
     commitment: float
     grad_norm: float
     lr: float
@@ -56,13 +60,23 @@ class EpochStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Supply:
-    """What a training run is fed with: `training` batches of a sub epoch, `steps` of them with `images` in all, and
-    batches of the `normal` images that calibrate the scores."""
+    """What a training run is fed with.
 
-    training: Features
+    Attributes:
+        training: shuffled batches of a sub epoch, `steps` of them.
+        everything: all `images` training images in order.
+        sample: a fixed sample of the training images.
+        units: held-out normal images that the units of the scores come from, None if none are held out.
+        deciding: others of them, whose scores give the thresholds.
+    """
+
+    training: Callable[[int], Iterable[FeatureBatch]]
     steps: int
+    everything: Passes
     images: int
-    normal: Callable[[], Iterable[FeatureBatch]]
+    sample: Passes
+    units: Passes | None
+    deciding: Passes | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +111,7 @@ def train_epoch(
         rows = []
         for batch in group:
             with autocast(batch.label.device, config.amp_enable):
-                output = model.forward_pooled(batch.features, noise=config.noise)
+                output = model(batch.features, noise=config.noise)
                 terms = loss_terms(output, config.quantize_weight)
             (terms.total / len(group)).backward()
             rows.append(torch.stack([terms.total, terms.nll, terms.commitment]).detach().double())
@@ -111,7 +125,7 @@ def train_epoch(
     if not all(map(torch.isfinite, sums)):
         raise UsageError(f"--lr: training diverged (loss {loss}) with a learning rate of {config.lr}; lower it")
     return EpochStats(
-        loss=loss, nll=nll, bits_per_dim=bits_per_dim(nll, output.dims), commitment=commitment, grad_norm=norm,
+        loss=loss, nll=nll, commitment=commitment, grad_norm=norm,
         lr=optimizer.param_groups[0]["lr"], images=images, seconds=time.perf_counter() - began,
     )  # fmt: skip
 
@@ -123,28 +137,19 @@ def grouped(batches: Iterable[FeatureBatch], size: int) -> Iterator[list[Feature
         yield group
 
 
-def bits_per_dim(nll: float, dims: int) -> float:
-    """Negative log-density in bits per dimension of the features, the Gaussian's constant included."""
-    return nll / dims / 0.6931471805599453 + 1.3257480647361593  # 1/2 log2(2 pi)
+def bits_per_dim(nll: float) -> float:
+    """Negative log-density in bits per dimension, from nats per dimension without the Gaussian's constant."""
+    return nll / math.log(2) + math.log2(2 * math.pi) / 2
 
 
-@torch.no_grad()
-def initialize(model: VQFlow, features: Features, images: int) -> None:
-    """Look at the `images` training images: channel statistics, the start of our codebooks, the memory."""
-    if model.config.standardize:
-        model.fit_statistics(batch.features for batch in features(FIRST_LOOK))
-    if model.config.codebooks == "seeded" and model.config.quantize_enable:
-        batches, seen = [], 0
-        for batch in features(FIRST_LOOK):
-            batches.append(model.standardize(model.for_flows(batch.features)))
-            seen += len(batch.path)
-            if seen >= SEED_IMAGES:
-                break
-        model.train()
-        model.hierarchy.seed(batches)
-    if model.memory is not None:
-        everything = (model.standardize(batch.features) for batch in features(FIRST_LOOK))
-        model.memory.fit(everything, images=images, size=model.config.memory)
+def kept(passes: Passes) -> Iterator[list[Tensor]]:
+    """The features alone."""
+    return (batch.features for batch in passes())
+
+
+def plain_decision(detector: Detector) -> dict[str, Any] | None:
+    """What a checkpoint keeps of the thresholds."""
+    return None if detector.decision is None else detector.decision.calibrated.plain()
 
 
 class Trainer:
@@ -152,9 +157,9 @@ class Trainer:
 
     Args:
         config: the resolved configuration.
-        model: on its device.
+        detector: on its device.
         supply: features of the training images.
-        evaluate: evaluates the model on the test images.
+        evaluate: evaluates the detector on the test images.
         folder: receives checkpoints and metrics.jsonl.
         identity: stored in checkpoints beside the config (classes, channels, the extractor's fingerprint).
     """
@@ -162,21 +167,21 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: VQFlow,
+        detector: Detector,
         *,
         supply: Supply,
-        evaluate: Callable[[VQFlow], EvalResult],
+        evaluate: Callable[[Detector], EvalResult],
         folder: Path,
         identity: dict[str, Any],
     ) -> None:
-        self.config, self.model, self.supply = config, model, supply
+        self.config, self.detector, self.flow, self.supply = config, detector, detector.flow, supply
         self.evaluate, self.folder, self.identity = evaluate, folder, identity
         train = config.train
         self.optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
+            [p for p in self.flow.parameters() if p.requires_grad],
             lr=train.lr,
             weight_decay=train.weight_decay,
-            fused=next(model.parameters()).device.type in ("cuda", "cpu"),
+            fused=next(self.flow.parameters()).device.type in ("cuda", "cpu"),
         )
         self.best: dict[str, dict[str, float]] = {}
 
@@ -185,7 +190,8 @@ class Trainer:
         train = self.config.train
         done = self._restore(saved) if saved else 0
         if not saved:
-            initialize(self.model, self.supply.training, self.supply.images)
+            supply = self.supply
+            first_look(self.detector, kept(supply.everything), images=supply.images, batch_size=train.batch_size)
         log = RunLog(
             self.folder, kept=done, config=to_dict(self.config), tensorboard=train.tensorboard, wandb=train.wandb_enable
         )
@@ -193,12 +199,12 @@ class Trainer:
         for epoch in range(done, train.meta_epochs):
             result = self._meta_epoch(epoch, log)
         log.close()
-        return FitResult(last=result or self.evaluate(self.model), best_on_test=self.best)
+        return FitResult(last=result or self.evaluate(self.detector), best_on_test=self.best)
 
     def _meta_epoch(self, epoch: int, log: RunLog) -> EvalResult | None:
         """Sub epochs, evaluation, checkpoints and a line in the log."""
         train, last = self.config.train, epoch + 1 == self.config.train.meta_epochs
-        books = self.model.hierarchy.codebooks()
+        books = self.flow.hierarchy.codebooks()
         for book in books.values():
             book.reset_usage()
         share = 1 / (train.meta_epochs * train.sub_epochs)
@@ -207,24 +213,37 @@ class Trainer:
             if train.profile and sub == 0:
                 batches = traced(batches, train.profile * train.accumulate, self.folder / "trace.json")
             step = share / self.supply.steps
-            stats = train_epoch(self.model, batches, self.optimizer, train, start=sub * share, step=step)
+            stats = train_epoch(self.flow, batches, self.optimizer, train, start=sub * share, step=step)
         usage = {name: book.statistics() for name, book in books.items()}
         if train.reassign_quantize:
             for book in books.values():
                 book.reassign()
         wanted = last or (epoch + 1) % self.config.eval.eval_interval == 0
-        unseen: float | None = None
-        if wanted:
-            nll = self.model.calibrate(batch.features for batch in self.supply.normal())
-            unseen = bits_per_dim(nll, 1) if self.config.data.holdout else None
-        result = self.evaluate(self.model) if wanted else None
+        likelihood = self._calibrate()  # every checkpoint that is written is calibrated
+        result = self.evaluate(self.detector) if wanted else None
         improved = self._note_best(result, epoch + 1) if result else False
         mean = asdict(result.mean) if result else None
-        held_out = {} if unseen is None else {"held_out": {"bits_per_dim": unseen}}
-        log.write({"epoch": epoch + 1, "train": asdict(stats), "codebooks": usage, **held_out, "test": mean})
+        name = LIKELIHOOD[self.config.model.objective]
+        log.write({"epoch": epoch + 1, "train": asdict(stats), name: likelihood, "codebooks": usage, "test": mean})
         self._save(epoch + 1, improved)  # after the log: a resumed run drops entries that no checkpoint covers
-        print(progress_line(self.config, epoch + 1, stats, unseen, result))
+        print(progress_line(self.config, epoch + 1, stats, likelihood, result))
         return result
+
+    def _calibrate(self) -> dict[str, float]:
+        """Units and thresholds from held-out images, or from training images that do not meet themselves in the memory.
+
+        The noise-free negative log-likelihood of both kinds, in eval mode: by `LIKELIHOOD`.
+        """
+        supply, detector, config = self.supply, self.detector, self.config.eval
+        if supply.units is None:
+            found = {"train": detector.calibrate(kept(supply.sample), own=False)}
+            detector.learn_decision(kept(supply.sample), config, own=False, unseen=False)
+        else:
+            seen = detector.nll_per_dim(kept(supply.sample))
+            found = {"train": seen, "held_out": detector.calibrate(kept(supply.units))}
+            detector.learn_decision(kept(supply.deciding) if supply.deciding else (), config)
+        exact = self.config.model.objective == "likelihood"
+        return {kind: bits_per_dim(nll) if exact else nll for kind, nll in found.items()}
 
     def _note_best(self, result: EvalResult, epoch: int) -> bool:
         """Keep each metric's best value; whether the mean image AUROC is the best so far."""
@@ -237,7 +256,9 @@ class Trainer:
 
     def _save(self, epoch: int, improved: bool) -> None:
         content = self.identity | {
-            "config": to_dict(self.config), "epoch": epoch, "model": self.model.state_dict(), "best_on_test": self.best,
+            "config": to_dict(self.config), "epoch": epoch, "model": self.flow.state_dict(),
+            "scorer": {"rule": self.detector.scorer.rule.plain(), "state": self.detector.scorer.state_dict()},
+            "best_on_test": self.best, "decision": plain_decision(self.detector),
         }  # fmt: skip
         if improved:
             write_checkpoint(self.folder / BEST, content)
@@ -247,7 +268,10 @@ class Trainer:
 
     def _restore(self, saved: dict[str, Any]) -> int:
         """Everything that the next step depends on; the number of finished meta epochs."""
-        load_strictly(self.model, saved["model"], "--resume")
+        load_strictly(self.flow, saved["model"], "--resume")
+        scorer = load_scorer(saved, self.config.model, self.flow.channels, "--resume")
+        self.detector.scorer = scorer.to(next(self.flow.parameters()).device)
+        self.detector.decision = load_decision(saved, self.config, "--resume")
         self.optimizer.load_state_dict(saved["optimizer"])
         restore_random_state(saved["random"])
         self.best = saved["best_on_test"]
@@ -265,58 +289,84 @@ def run_training(config: Config) -> Path:
     sources = [stage.training_features(kept) for kept, _ in splits]  # features that do not fit end here
     folder = (resumed_run(config) if config.train.resume else None) or new_folder(config.run.work_dir, run_name(config))
     with locked(folder, "--resume"):
-        for group in groups:  # all checkpoints are looked at before anything is written
-            saved_state(stage, group, own_folder(folder, config, group))
+        for group, (kept, _) in zip(groups, prepared, strict=True):  # before anything is written
+            saved_state(stage, group, own_folder(folder, config, group), kept.readings)
         write_config(folder, config)
         images = sum(len(kept) for kept, _ in splits)
         print(f"{len(class_names)} classes, {images} training images; run folder: {folder}")
         parts: list[EvalResult] = []
         pages: dict[str, ClassPage] = {}
         best: dict[str, dict[str, float]] | None = None
-        for group, (_, test_set), (_, normal), source in zip(groups, prepared, splits, sources, strict=True):
+        for group, (_, test_set), (kept, normal), source in zip(groups, prepared, splits, sources, strict=True):
             own = own_folder(folder, config, group)
             own.mkdir(exist_ok=True)
             if not config.data.multi_class:
-                print(f"class {group[0]}")
-            model = stage.build_model()
+                print(f"class {printable(group[0])}")
+            detector = stage.build_detector()
             with stage.reading():
-                fitted = fit_group(stage, model, group, source, (normal, test_set), own)
+                fitted = fit_group(stage, detector, group, source, (kept, normal, test_set), own)
             parts.append(fitted.last)
             best = fitted.best_on_test if config.data.multi_class else None
-            save_pictures(stage, model, test_set, group, folder / "pictures")
-            pages |= report_pages(stage, model, (normal, test_set), fitted.last, len(class_names))
+            save_pictures(stage, detector, test_set, group, folder / "pictures")
+            pages |= report_pages(stage, detector, (normal, test_set), fitted.last, len(class_names))
         finish(folder, config, parts, best, pages)
     return folder
 
 
 def fit_group(
     stage: Stage,
-    model: VQFlow,
+    detector: Detector,
     group: tuple[str, ...],
     source: Source,
-    others: tuple[ImageFolder, ImageFolder],
+    others: tuple[ImageFolder, ImageFolder, ImageFolder],
     folder: Path,
 ) -> FitResult:
-    """Train one model on the classes of `group`, from its checkpoint on if the run is resumed.
+    """Train one detector on the classes of `group`, from its checkpoint on if the run is resumed.
 
-    `others` are the normal images that calibrate, and the test images.
+    `others` are the training images, the normal images that calibrate, and the test images.
     """
-    config = stage.config
-    normal_source, test_source = (stage.test_features(dataset) for dataset in others)
-    total = config.train.meta_epochs * config.train.sub_epochs
+    config, (kept, normal, test_set) = stage.config, others
+    test_source = stage.ordered_features(test_set)
+
+    def evaluation(detector: Detector) -> EvalResult:
+        batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
+        return evaluate(detector, batches, group, config.eval)
+
+    supply = supply_of(stage, source, kept, normal if config.data.holdout else None)
+    own = identity(stage, group, kept.readings)
+    trainer = Trainer(config, detector, supply=supply, evaluate=evaluation, folder=folder, identity=own)
+    return trainer.fit(saved_state(stage, group, folder, kept.readings))
+
+
+def supply_of(stage: Stage, source: Source, kept: ImageFolder, held_out: ImageFolder | None) -> Supply:
+    """Features of the images `kept` for training, shuffled by `source`, and of those that are held out."""
+    if stage.config.model.memory and held_out is None and min(stage.config.model.memory, len(kept)) < 2:
+        raise UsageError("--memory: an image alone cannot be compared with others; use more images, or --holdout")
+    total = stage.config.train.meta_epochs * stage.config.train.sub_epochs
+    everything, sample = stage.ordered_features(kept), stage.ordered_features(kept, evenly_spread(kept))
+    units, deciding = (held_features(stage, held_out, numbers) for numbers in roles(held_out))
 
     def training(sub: int) -> Iterable[FeatureBatch]:
-        title = "first look" if sub == FIRST_LOOK else f"sub epoch {sub + 1}/{total}"
-        return tqdm(source.epoch(max(sub, 0)), total=len(source), desc=title, leave=False)
+        return tqdm(source.epoch(sub), total=len(source), desc=f"sub epoch {sub + 1}/{total}", leave=False)
 
-    def evaluation(model: VQFlow) -> EvalResult:
-        batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
-        return evaluate(model, batches, group, config.eval, size=config.score_size, amp=config.train.amp_enable)
+    return Supply(
+        training=training, steps=len(source), images=len(kept), sample=lambda: sample.epoch(0),
+        everything=lambda: tqdm(everything.epoch(0), total=len(everything), desc="first look", leave=False),
+        units=units, deciding=deciding,
+    )  # fmt: skip
 
-    images = len(source) * (source.loader.batch_size or 1)
-    supply = Supply(training=training, steps=len(source), images=images, normal=lambda: normal_source.epoch(0))
-    trainer = Trainer(config, model, supply=supply, evaluate=evaluation, folder=folder, identity=identity(stage, group))
-    return trainer.fit(saved_state(stage, group, folder))
+
+def roles(held_out: ImageFolder | None) -> tuple[list[int], list[int]]:
+    """Numbers of the held-out images that units come from, and of those that decide."""
+    return split_in_two([item.class_index for item in held_out.items]) if held_out is not None else ([], [])
+
+
+def held_features(stage: Stage, held_out: ImageFolder | None, numbers: list[int]) -> Passes | None:
+    """Passes over some of the held-out images, None without any."""
+    if held_out is None or not numbers:
+        return None
+    source = stage.ordered_features(held_out, numbers)
+    return lambda: source.epoch(0)
 
 
 def own_folder(folder: Path, config: Config, group: tuple[str, ...]) -> Path:
@@ -324,16 +374,18 @@ def own_folder(folder: Path, config: Config, group: tuple[str, ...]) -> Path:
     return folder if config.data.multi_class else folder / group[0]
 
 
-def identity(stage: Stage, group: tuple[str, ...]) -> dict[str, Any]:
+def identity(stage: Stage, group: tuple[str, ...], readings: Sequence[Reading]) -> dict[str, Any]:
     """What a checkpoint belongs to, beside its config."""
     mean, std = stage.extractor.normalization
     return {
         "classes": list(group), "channels": list(stage.extractor.channels), "normalization": [list(mean), list(std)],
-        "extractor": stage.fingerprint,
+        "extractor": stage.fingerprint, "readings": {n: r.plain() for n, r in zip(group, readings, strict=True)},
     }  # fmt: skip
 
 
-def saved_state(stage: Stage, group: tuple[str, ...], folder: Path) -> dict[str, Any] | None:
+def saved_state(
+    stage: Stage, group: tuple[str, ...], folder: Path, readings: Sequence[Reading]
+) -> dict[str, Any] | None:
     """The checkpoint that a resumed run goes on from, None if there is none (yet).
 
     Raises:
@@ -346,23 +398,21 @@ def saved_state(stage: Stage, group: tuple[str, ...], folder: Path) -> dict[str,
     if not {"config", "epoch", "model", "optimizer", "random", "best_on_test"} <= saved.keys():
         raise UsageError(f"--resume: {path} is not a checkpoint that training can go on from")
     was, now = flat(to_dict(from_dict(saved["config"]))), flat(to_dict(config))
-    others = [name for name, value in identity(stage, group).items() if saved.get(name) != value]
+    others = [name for name, value in identity(stage, group, readings).items() if saved.get(name) != value]
     for name in [*others, *(name for name in settings_of(*KEPT) if was[name] != now[name])]:
         raise UsageError(f"--resume: {path} is of another run: its {name} differs")
     return saved
 
 
 def progress_line(
-    config: Config, epoch: int, stats: EpochStats, unseen: float | None, result: EvalResult | None
+    config: Config, epoch: int, stats: EpochStats, likelihood: Mapping[str, float], result: EvalResult | None
 ) -> str:
-    """One line for a finished meta epoch; `loc_eval` and `pro_eval` choose which metrics it shows.
-
-    `unseen` are the bits per dimension of held-out images, None if there are none.
-    """
+    """One line for a finished meta epoch; `loc_eval` and `pro_eval` choose which metrics it shows."""
     last = config.train.meta_epochs
-    line = f"meta epoch {epoch}/{last}  loss {stats.loss:.4g}  {stats.bits_per_dim:.3f} bits/dim"
-    if unseen is not None:
-        line += f" (held out: {unseen:.3f})"
+    words = LIKELIHOOD[config.model.objective].replace("_per_", "/")
+    line = f"meta epoch {epoch}/{last}  loss {stats.loss:.4g}  {words} {likelihood['train']:.3f}"
+    if "held_out" in likelihood:
+        line += f" (held out: {likelihood['held_out']:.3f})"
     if result is None:
         return line
     line += f"  image AUROC {100 * result.mean.image_auroc:.1f}"

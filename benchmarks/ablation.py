@@ -26,19 +26,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets import build_datasets
 from default import Config, UsageError
 from main import parse
-from models.memory import VIEWS
+from models.detector import Detector
+from models.scorer import ScoreMaps, ScoreRule, image_scores
 from models.vqflow import VQFlowOutput
-from stage import Stage, load_model, normalization_of, settled_config
-from test import by_class, forward
+from stage import Stage, image_readings, load_detector, normalization_of, settled_config
+from test import by_class
 from train import run_training
 from utils.metrics import METRICS, ClassAccumulator, mean_results
 from utils.report.tables import TITLES
 from utils.run.checkpoint import read_checkpoint
 from utils.run.folders import resumed_run
-from utils.scoring import image_scores, score_maps
 
 FLOWS = (0, 1, 2)
-MEMORY = tuple(range(3, 3 + len(VIEWS)))
+MEMORY = tuple(range(3, 3 + len(ScoreRule().views)))
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Reading:
     maps: tuple[str, str, str] = ("surprise", "contrast", "contrast")
     top_k: float = 0.001
 
-    def read(self, output: VQFlowOutput, weights: Sequence[float], size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Image scores (B,), pixel map and AUPRO map (B, size, size); `weights` are the model's of its opinions."""
-        share = sum(weights[i] for i in self.opinions)
-        chosen = tuple(output.surprise[i] / share for i in self.opinions)
-        maps = score_maps(output.latents, size, output.local_log_det, chosen)
+    def read(self, output: VQFlowOutput, opinions: Sequence[Tensor], detector: Detector) -> tuple[Tensor, ...]:
+        """Image scores (B,), pixel map and AUPRO map (B, S, S), from the chosen ones of the detector's opinions."""
+        share = sum(detector.scorer.weights[i] for i in self.opinions)
+        chosen = [opinions[i] / share for i in self.opinions]
+        maps = ScoreMaps(output.latents, detector.size, output.local_log_det, lambda: chosen, detector.scorer.rule)
         image, pixel, pro = (getattr(maps, name) for name in self.maps)
         return image_scores(image, self.top_k), pixel, pro
 
@@ -125,14 +125,16 @@ def readings_of(folder: Path, chosen: dict[str, Reading], work_dir: str) -> dict
     content = read_checkpoint(path)
     config: Config = settled_config(content, Config(), {"work_dir": work_dir, "cache": "disk"}, str(path))
     stage = Stage(config, normalization_of(content))
-    model = load_model(content, stage, str(path))
+    detector = load_detector(content, stage, str(path))
     names = config.data.class_names
-    test_set = build_datasets(config.data, names, config.score_size)[1]
+    with redirect_stdout(sys.stderr):
+        test_set = build_datasets(config.data, names, config.score_size, image_readings(content, names))[1]
     found = {title: [ClassAccumulator() for _ in names] for title in chosen}
-    for batch in stage.test_features(test_set).epoch(0):
-        output = forward(model, batch.features)
+    for batch in stage.ordered_features(test_set).epoch(0):
+        judgement = detector.judge(batch.features)
+        opinions = judgement.maps.opinions()
         for title, reading in chosen.items():
-            scores, pixel, pro = reading.read(output, model.opinion_weights, config.score_size)
+            scores, pixel, pro = reading.read(judgement.output, opinions, detector)
             for index, own in by_class(batch.class_index):
                 found[title][index].update(
                     labels=batch.label[own], scores=scores[own], masks=batch.mask[own], maps=pixel[own],

@@ -26,9 +26,10 @@ from datasets.folder import ImageFolder
 from datasets.loaders import train_loader
 from default import Config, make_config
 from models.extractor import FrozenExtractor
+from models.first_look import first_look
 from models.vqflow import VQFlow, pool_features
 from stage import Stage
-from train import initialize, train_epoch
+from train import train_epoch
 
 
 def released_epoch(stage: Stage, model: VQFlow, dataset: ImageFolder) -> None:
@@ -58,15 +59,22 @@ def run(config: Config, rounds: int, cpu_time: bool) -> None:
     begin = now()
     source = stage.training_features(dataset)
     built = now() - begin
-    model = stage.build_model()
-    initialize(model, lambda _: source.epoch(0), len(source) * config.train.batch_size)
+    detector = stage.build_detector()
+    model = detector.flow
+    ordered = stage.ordered_features(source.dataset)
+    first_look(
+        detector,
+        (batch.features for batch in ordered.epoch(0)),
+        images=len(source.dataset),
+        batch_size=config.train.batch_size,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
     released, ours = [], []
     for number in range(rounds):
         begin = now()
         released_epoch(stage, model.to(memory_format=torch.contiguous_format), dataset)  # type: ignore[call-overload]
         released.append(now() - begin)
-        model = stage.placed(model)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         begin = now()
         train_epoch(model, source.epoch(number), optimizer, config.train, start=0.5, step=0.0)
         ours.append(now() - begin)

@@ -16,10 +16,10 @@ from default import make_config
 from models.extractor import FrozenExtractor
 from models.flow import activate, couple
 from models.loss import loss_terms
+from models.scorer import ScoreMaps, image_scores
 from models.vqflow import VQFlow, pool_features
 from utils.metrics import ClassAccumulator
 from utils.run.device import autocast, has_bfloat16
-from utils.scoring import image_scores, score_maps
 
 PRESETS = {"small": "cpu", "paper": "paper-mvtec"}
 PARTS = ("extractor", "condition", "flows", "fusion", "optimizer", "metrics")
@@ -103,7 +103,7 @@ class Bench:
         self.extractor = FrozenExtractor(config.model.extractor, input_size=self.side, pretrained=False).to(device)
         self.model = VQFlow(config.model, self.extractor.channels, self.extractor.strides).to(device)
         self.released = ReleasedForward(self.model)
-        self.images = torch.randn(batch, 3, self.side, self.side, device=device)
+        self.images = torch.rand(batch, 3, self.side, self.side, device=device)
         self.masks = torch.zeros(batch, self.side, self.side, dtype=torch.bool)
         self.masks[::2, self.side // 4 : self.side // 3, self.side // 4 : self.side // 2] = True
         with torch.no_grad():
@@ -164,7 +164,7 @@ class Bench:
             if self.form.released:
                 loss = self.released(features)[0]
             else:
-                loss = loss_terms(self.model.forward_pooled(features), 1.0).total
+                loss = loss_terms(self.model.forward(features), 1.0).total
         self.clock.mark("fusion")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -186,10 +186,10 @@ class Bench:
             if self.form.released:
                 latents, local = self.released(features)[1], None
             else:
-                output = self.model.forward_pooled(features)
+                output = self.model.forward(features)
                 latents, local = output.latents, output.local_log_det
         self.clock.mark("fusion")
-        maps = score_maps(latents, self.side, local)
+        maps = ScoreMaps(latents, self.side, local)
         labels, scores = self.masks.flatten(1).any(1).long(), image_scores(maps.mul)
         if self.form.released:
             result = thresholded_aupro(maps.mul.cpu().numpy(), self.masks.numpy())

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.codebook import Codebook
-from models.condition import Condition
 from models.flow import CouplingBlock, Subnet
 from models.vqflow import VQFlow
 
@@ -57,7 +56,7 @@ class ReleasedSubnet(nn.Module):
 
     def forward(self, joined: Tensor) -> Tensor:
         net = self.net
-        hidden = net.conv1(joined).permute(0, 2, 3, 1)
+        hidden = F.conv2d(joined, net.conv1.weight, net.conv1.bias, padding=1).permute(0, 2, 3, 1)
         hidden = F.layer_norm(hidden, net.ln.normalized_shape, net.ln.weight, net.ln.bias, net.ln.eps)
         return net.conv2(F.relu(hidden.permute(0, 3, 1, 2)))
 
@@ -93,18 +92,16 @@ class ReleasedForward(nn.Module):
 
     def forward(self, pooled: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         conditions = self.hierarchy(pooled)
-        dense = [condition.dense() for condition in conditions.maps]
         latents, log_det = [], torch.zeros((), device=pooled[0].device)
         for level, blocks in enumerate(self.flows):
-            x = pooled[level]
+            x, dense = pooled[level], conditions.maps[level].map
             for block in blocks:
-                (x,), change = block((x,), [dense[level]])
+                (x,), change = block((x,), [dense])
                 log_det = log_det + change
             x, change = self.model.prior(level, x, conditions.concept)
             log_det = log_det + change.sum((1, 2)) * x[0, 0].numel()
             latents.append(x)
-        top = Condition(size=dense[3].shape[-2:], widths=(dense[3].shape[1],), map=dense[3], direct=True)
-        fused, changes = self.fusion(tuple(latents), top)
+        fused, changes = self.fusion(tuple(latents), conditions.maps[3])
         log_det = log_det + sum(change.sum((1, 2)) for change in changes)
         nll = (sum(z.square().sum((1, 2, 3)) for z in fused) / 2 - log_det).mean()
         return nll + conditions.commitment, list(fused)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from datasets import folder, mvtec, sample, visa
-from datasets.folder import DatasetSpec, ImageFolder, Item
+from datasets import mvtec, sample, visa, walk
+from datasets.checks import check_items
+from datasets.folder import DatasetSpec, ImageFolder, Item, Scan
+from datasets.reading import Reading, check_flags, decide
 from default import DataConfig, UsageError
+from utils.run.text import printable
 
 CALIBRATION = 16  # training images per class that calibrate where none are held out
 SPECS: dict[str, DatasetSpec] = {
-    "mvtec": mvtec.SPEC, "visa": visa.SPEC, "folder": folder.SPEC, "sample": sample.SPEC,
+    "mvtec": mvtec.SPEC, "visa": visa.SPEC, "folder": walk.SPEC, "sample": sample.SPEC,
 }  # fmt: skip
 
 
@@ -39,7 +44,7 @@ def resolve_classes(data: DataConfig) -> tuple[str, ...]:
         UsageError: a class that the data set does not have, or no classes in the folder.
     """
     spec, root = SPECS[data.dataset], resolve_root(data)
-    known = spec.classes or tuple(p.name for p in folder.subfolders(root) if (p / "train").is_dir())
+    known = spec.classes or tuple(p.name for p in walk.subfolders(root) if (p / "train").is_dir())
     if not known:
         raise UsageError(f"--data-path: no folder in {root} has a train folder; expected {root}/CLASS/train/good")
     for name in data.class_names:
@@ -50,22 +55,95 @@ def resolve_classes(data: DataConfig) -> tuple[str, ...]:
     return known if "all" in data.class_names else tuple(name for name in known if name in data.class_names)
 
 
+def present_classes(data: DataConfig, class_names: Sequence[str]) -> tuple[str, ...]:
+    """Those of a model's classes that the data set holds; a line says so if it does not hold all of them."""
+    root = resolve_root(data)
+    there = tuple(name for name in class_names if (root / name).is_dir())
+    if len(there) < len(class_names):
+        names = ", ".join(there) or "none"
+        print(printable(f"{root} holds {len(there)} of the model's {len(class_names)} classes: {names}"))
+    return there
+
+
 def build_datasets(
-    data: DataConfig, class_names: tuple[str, ...], mask_size: int | None = None
+    data: DataConfig,
+    class_names: tuple[str, ...],
+    mask_size: int | None = None,
+    readings: Mapping[str, Reading] | None = None,
 ) -> tuple[ImageFolder, ImageFolder]:
     """Training and test images of the classes, in deterministic order; the latter with masks at `mask_size`.
 
+    Everything that can be known of images and masks beforehand is checked, and lines say what there is. `readings`
+    say by class how a model reads its images; without them that is decided from the training images.
+
     Raises:
-        UsageError: a class's folder is missing or incomplete.
+        UsageError: a class's folder is missing or incomplete, or an image or mask cannot be read.
     """
-    root, train, test = resolve_root(data), [], []
+    scans = scan_classes(data, class_names)
+    for name, scan in scans.items():
+        announce(name, scan)
+    settled = [settle(name, scan, data, readings) for name, scan in scans.items()]
+    tell_readings(dict(zip(scans, settled, strict=True)))
+    train, test = [], []
+    for scan, reading in zip(scans.values(), settled, strict=True):
+        parts = limited(scan.train, data.limit), limited(scan.test, data.limit)
+        check_items([*parts[0], *parts[1]], reading, data)
+        train += parts[0]
+        test += parts[1]
+    made = ImageFolder(train, data.input_size, None, settled, data.max_pixels)
+    return made, made.having(test, mask_size)
+
+
+def scan_classes(data: DataConfig, class_names: Sequence[str]) -> dict[str, Scan]:
+    """What the folder of each class holds.
+
+    Raises:
+        UsageError: there is none, or it is incomplete.
+    """
+    root, scans = resolve_root(data), {}
     for index, name in enumerate(class_names):
         if not (root / name).is_dir():
             raise UsageError(f"--data-path: no folder of the class {name!r} in {root}")
-        found = SPECS[data.dataset].scan(root / name, index)
-        train += limited(found[0], data.limit)
-        test += limited(found[1], data.limit)
-    return ImageFolder(train, data.input_size), ImageFolder(test, data.input_size, mask_size)
+        scans[name] = SPECS[data.dataset].scan(root / name, index, data.good_names)
+    return scans
+
+
+def settle(name: str, scan: Scan, data: DataConfig, readings: Mapping[str, Reading] | None) -> Reading:
+    """How the images of a class are read."""
+    if readings is None:
+        return decide([item.path for item in scan.train], data)
+    check_flags(name, readings[name], data)
+    return readings[name]
+
+
+def announce(name: str, scan: Scan) -> None:
+    """What there is of a class, and loudly what there is not."""
+    print(printable(scan.line(name)))
+    labels = {item.label for item in scan.test}
+    for label, kind, lost in ((0, "good", "metrics that compare with them"), (1, "defective", "nearly all metrics")):
+        if label not in labels:
+            line = f"warning: {name} has no {kind} test images: {lost} are not defined for it and left out of the mean"
+            print(printable(line), file=sys.stderr)
+
+
+def tell_readings(readings: Mapping[str, Reading]) -> None:
+    """One line for all classes that are read alike and otherwise than plain."""
+    for reading in dict.fromkeys(readings.values()):
+        names = [name for name, own in readings.items() if own == reading]
+        whose = "all classes" if 1 < len(names) == len(readings) else ", ".join(names)
+        if str(reading):
+            print(printable(f"{whose}: {reading}"))
+
+
+def evenly_spread(dataset: ImageFolder, share: float = 0.0) -> tuple[int, ...]:
+    """Numbers of some images of each class at equal distances: a `share` of them, one at least; without a share at
+    most `CALIBRATION`."""
+    chosen: list[int] = []
+    for index in sorted({item.class_index for item in dataset.items}):
+        numbers = [n for n, item in enumerate(dataset.items) if item.class_index == index]
+        count = max(round(share * len(numbers)), 1) if share else min(CALIBRATION, len(numbers))
+        chosen += [numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)]
+    return tuple(chosen)
 
 
 def split_holdout(train: ImageFolder, share: float) -> tuple[ImageFolder, ImageFolder]:
@@ -73,16 +151,12 @@ def split_holdout(train: ImageFolder, share: float) -> tuple[ImageFolder, ImageF
 
     Without a share: all images, and for calibration some of them, at most `CALIBRATION` of each class.
     """
-    chosen: set[int] = set()
-    for index in sorted({item.class_index for item in train.items}):
-        numbers = [n for n, item in enumerate(train.items) if item.class_index == index]
-        count = max(round(share * len(numbers)), 1) if share else min(CALIBRATION, len(numbers))
-        chosen |= {numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)}
+    chosen = set(evenly_spread(train, share))
     held = [item for n, item in enumerate(train.items) if n in chosen]
     kept = [item for n, item in enumerate(train.items) if n not in chosen] if share else list(train.items)
     if not kept:
         raise UsageError(f"--holdout: {share} of the training images leaves none to train on")
-    return ImageFolder(kept, train.input_size), ImageFolder(held, train.input_size)
+    return train.having(kept), train.having(held)
 
 
 def limited(items: list[Item], limit: int | None) -> list[Item]:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from datasets.folder import Batch, ImageFolder
 from default import UsageError
 
-VERSION = 3  # of the folder's layout and of how images are read
+VERSION = 4  # of the folder's layout and of how images are read
 HALF_MAX = 65504.0
 SHARE = 0.95  # of the free space that features may take
 ABANDONED = 2 * 86400  # seconds after which a half-written folder is taken to be a dead process's
@@ -80,7 +80,8 @@ def cache_key(dataset: ImageFolder, **settings: object) -> str:
         for path in (item.path, item.mask_path):
             if path is not None:
                 stat = path.stat()
-                digest.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{item.label}\n".encode())
+                digest.update(os.fsencode(path.resolve()))
+                digest.update(f"|{stat.st_size}|{stat.st_mtime_ns}|{item.label}|{dataset.reading(item)!r}\n".encode())
     return digest.hexdigest()[:20]
 
 

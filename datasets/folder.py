@@ -1,35 +1,54 @@
-"""A folder of images: the one directory walk and the one Dataset class.
-
-MVTec layout: CLASS/train/good/*, CLASS/test/KIND/*, CLASS/ground_truth/KIND/NAME_mask.png.
-"""
+"""What a data set is, and the one Dataset class."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.transforms import load_image, load_mask
-from default import UsageError
+from datasets.decode import read_pixels
+from datasets.masks import load_mask
+from datasets.pixels import MAX_PIXELS
+from datasets.reading import PLAIN, Reading
+from datasets.transforms import to_tensor
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 GOOD = "good"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """An image file: its mask (None: no defect, or none drawn), label (1 defective), class and kind of defect."""
+    """An image file: its mask (None: no defect, or none drawn), label (1 defective), class, kind of defect, and its
+    name within the kind without suffix (cam1/000 where images lie in nested folders)."""
 
     path: Path
     mask_path: Path | None
     label: int
     class_index: int
     kind: str
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """What the folder of a class holds: training and test images, and how many files of which sort are left out."""
+
+    train: list[Item]
+    test: list[Item]
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+    def line(self, name: str) -> str:
+        """One line for people: class, images and masks in numbers."""
+        bad, count = sum(item.label for item in self.test), sum(self.ignored.values())
+        masks = sum(item.mask_path is not None for item in self.test)
+        sorts = [f"{sort} {n}" if len(self.ignored) > 1 else sort for sort, n in self.ignored.items()]
+        return (
+            f"{name}: train {len(self.train)}, good {len(self.test) - bad}, defective {bad}, masks {masks}, ignored "
+            f"{count}" + (f" ({', '.join(sorts)})" if count else "")
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,36 +91,58 @@ class DatasetSpec:
     Attributes:
         classes: names, or None where they are the folders' names.
         places: default folders, the first one that exists counts.
-        scan: class folder (root / name), class index -> training items, test items.
+        scan: class folder (root / name), class index, names of folders of good images -> what it holds.
         hint: said when the folder is missing.
     """
 
     title: str
     classes: tuple[str, ...] | None
     places: tuple[str, ...]
-    scan: Callable[[Path, int], tuple[list[Item], list[Item]]]
+    scan: Callable[[Path, int, Sequence[str]], Scan]
     hint: str = ""
 
 
 class ImageFolder(Dataset[Sample]):
-    """The images of some items at one size, their masks at that size too unless `mask_size` says another one."""
+    """The images of some items at one size, their masks at that size too unless `mask_size` says another one.
 
-    def __init__(self, items: Sequence[Item], input_size: int, mask_size: int | None = None) -> None:
+    `readings` say how the images of each class are read, by class index; without any they are plain.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        input_size: int,
+        mask_size: int | None = None,
+        readings: Sequence[Reading] = (),
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         self.items, self.input_size, self.mask_size = tuple(items), input_size, mask_size or input_size
+        self.readings, self.max_pixels = tuple(readings), max_pixels
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Sample:
         item, size = self.items[index], self.mask_size
-        mask = torch.zeros(size, size, dtype=torch.bool) if item.mask_path is None else load_mask(item.mask_path, size)
+        pixels = read_pixels(item.path, self.max_pixels)
+        mask = torch.zeros(size, size, dtype=torch.bool)
+        if item.mask_path is not None:
+            mask = load_mask(item.mask_path, size, pixels.size, pixels.orientation, self.max_pixels)
         return Sample(
-            image=load_image(item.path, self.input_size),
+            image=to_tensor(item.path, pixels, self.input_size, self.reading(item)),
             mask=mask,
             label=item.label,
             class_index=item.class_index,
             path=str(item.path),
         )
+
+    def reading(self, item: Item) -> Reading:
+        """How an image is read."""
+        return self.readings[item.class_index] if self.readings else PLAIN
+
+    def having(self, items: Sequence[Item], mask_size: int | None = None) -> ImageFolder:
+        """Other images, or masks of another size, read in the same way."""
+        return ImageFolder(items, self.input_size, mask_size or self.mask_size, self.readings, self.max_pixels)
 
     def without_masks(self) -> set[int]:
         """Classes that have defective images but no mask of any of them."""
@@ -118,73 +159,3 @@ def collate(samples: Sequence[Sample]) -> Batch:
         class_index=torch.tensor([s.class_index for s in samples]),
         path=tuple(s.path for s in samples),
     )
-
-
-def natural(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """Sorts 2.png before 10.png, the same on every machine; 1.png and 01.png are told apart by the second part."""
-    parts = re.split(r"(\d+)", path.name)
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], path.name
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder in natural order, hidden ones left out; none if there is no such folder."""
-    if not folder.is_dir():
-        return []
-    found = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    return sorted((p for p in found if p.is_file()), key=natural)
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder by name, hidden ones left out; none if there is no such folder."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((p for p in found if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
-
-
-def find_mask(image: Path, folder: Path) -> Path:
-    """The mask of an image: NAME_mask.png or NAME.png (or another image suffix) in `folder`.
-
-    Raises:
-        UsageError: there is none.
-    """
-    for stem in (f"{image.stem}_mask", image.stem):
-        for suffix in (".png", *sorted(SUFFIXES)):
-            for candidate in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix.upper()}"):
-                if candidate.is_file():
-                    return candidate
-    raise UsageError(f"{image}: no mask at {folder / (image.stem + '_mask.png')}")
-
-
-def scan_mvtec(folder: Path, class_index: int, *, masks_optional: bool = False) -> tuple[list[Item], list[Item]]:
-    """Training and test items of a class in MVTec layout.
-
-    With `masks_optional` a class may have no ground_truth folder at all; a folder that lacks one mask is an error.
-
-    Raises:
-        UsageError: no train/good or test, no images in them, or a defect image without its mask.
-    """
-    train = [
-        Item(path=p, mask_path=None, label=0, class_index=class_index, kind=GOOD)
-        for p in image_files(folder / "train" / GOOD)
-    ]
-    if not train:
-        raise UsageError(f"--data-path: {folder} lacks images in train/good")
-    unmasked = masks_optional and not (folder / "ground_truth").is_dir()
-    test = []
-    for kind in subfolders(folder / "test"):
-        for p in image_files(kind):
-            good = kind.name == GOOD
-            mask = None if good or unmasked else find_mask(p, folder / "ground_truth" / kind.name)
-            test.append(Item(path=p, mask_path=mask, label=int(not good), class_index=class_index, kind=kind.name))
-    if not test:
-        raise UsageError(
-            f"--data-path: {folder} lacks images in test (test/good and one folder for each kind of defect)"
-        )
-    return train, test
-
-
-def scan_own(folder: Path, class_index: int) -> tuple[list[Item], list[Item]]:
-    """A class of the user's own images: MVTec layout, masks as a whole optional."""
-    return scan_mvtec(folder, class_index, masks_optional=True)
-
-
-SPEC = DatasetSpec(title="folder", classes=None, places=("data/folder",), scan=scan_own)

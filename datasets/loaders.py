@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -102,9 +102,13 @@ def train_loader(
     return _loader(dataset, batch_size, workers, pin_memory, sampler=sampler, drop_last=True)
 
 
-def test_loader(dataset: ImageFolder, *, batch_size: int, workers: int, pin_memory: bool = False) -> ImageLoader:
-    """All images in order."""
-    return _loader(dataset, batch_size, workers, pin_memory)
-
-
-test_loader.__test__ = False  # type: ignore[attr-defined]  # not a pytest test
+def ordered_loader(
+    dataset: ImageFolder,
+    *,
+    batch_size: int,
+    workers: int,
+    numbers: Sequence[int] | None = None,
+    pin_memory: bool = False,
+) -> ImageLoader:
+    """All images in order, or those of these numbers."""
+    return _loader(dataset, batch_size, workers, pin_memory, sampler=numbers)

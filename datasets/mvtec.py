@@ -1,6 +1,7 @@
 """MVTec AD (Bergmann et al., CVPR 2019), as its archive unpacks."""
 
-from datasets.folder import DatasetSpec, scan_mvtec
+from datasets.folder import DatasetSpec
+from datasets.walk import scan_mvtec
 from default import MVTEC_CLASSES
 
 SPEC = DatasetSpec(

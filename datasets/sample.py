@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from datasets.folder import GOOD, DatasetSpec, scan_mvtec
+from datasets.folder import GOOD, DatasetSpec
+from datasets.walk import scan_mvtec
 from default import UsageError
 
 VERSION = "2"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.folder import GOOD, DatasetSpec, Item, natural, scan_mvtec
+from datasets.folder import GOOD, DatasetSpec, Item, Scan
+from datasets.walk import natural, scan_mvtec, unused
 from default import VISA_CLASSES, UsageError
 
 SPLIT = Path("split_csv") / "1cls.csv"
 COLUMNS = {"object", "split", "label", "image", "mask"}
 
 
-def scan_visa(folder: Path, class_index: int) -> tuple[list[Item], list[Item]]:
-    """Training and test items of a class in either layout.
+def scan_visa(folder: Path, class_index: int, good_names: Sequence[str]) -> Scan:
+    """What a class holds in either layout.
 
     Rearranged: CLASS/{train/good, test/good, test/bad, ground_truth/bad/NAME.png}. Original:
     CLASS/Data/{Images/Normal, Images/Anomaly, Masks/Anomaly} and split_csv/1cls.csv beside the classes.
@@ -22,7 +24,7 @@ def scan_visa(folder: Path, class_index: int) -> tuple[list[Item], list[Item]]:
         UsageError: images, masks or the split file are missing.
     """
     if not (folder / "Data" / "Images").is_dir():
-        return scan_mvtec(folder, class_index)
+        return scan_mvtec(folder, class_index, good_names)
     train: list[Item] = []
     test: list[Item] = []
     for row in read_split(folder.parent / SPLIT):
@@ -32,7 +34,7 @@ def scan_visa(folder: Path, class_index: int) -> tuple[list[Item], list[Item]]:
         (train if row["split"] == "train" else test).append(item)
     if not train or not test:
         raise UsageError(f"--data-path: {folder.parent / SPLIT} lists no training or no test images of {folder.name}")
-    return sorted(train, key=_order), sorted(test, key=_order)
+    return Scan(train=sorted(train, key=_order), test=sorted(test, key=_order), ignored=unused(folder, [*train, *test]))
 
 
 def _order(item: Item) -> tuple:
@@ -49,7 +51,7 @@ def row_item(row: dict[str, str], root: Path, class_index: int) -> Item:
     if mask is not None and not mask.is_file():
         raise UsageError(f"{path}: no mask at {mask if row['mask'] else f'its row of {root / SPLIT}'}")
     kind = "bad" if bad else GOOD
-    return Item(path=path, mask_path=mask, label=int(bad), class_index=class_index, kind=kind)
+    return Item(path=path, mask_path=mask, label=int(bad), class_index=class_index, kind=kind, name=path.stem)
 
 
 def read_split(path: Path) -> list[dict[str, str]]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from utils.run.device import exact_products
+
 DEAD_SHARE = 0.03  # a code whose EMA count is below this share of the mean count is dead
 
 
@@ -58,7 +60,8 @@ class Codebook(nn.Module):
 
     def nearest(self, flat: Tensor) -> Tensor:
         """Index of the nearest code, (N,)."""
-        return self.distances(flat).argmin(1)
+        with exact_products(flat.device):
+            return self.distances(flat).argmin(1)
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
@@ -147,7 +150,7 @@ class Codebook(nn.Module):
         donors = used[torch.arange(len(unused), device=used.device) % len(used)]
         noise = torch.randn_like(self.embed[donors]) * self.embed[donors].abs().mean(1, keepdim=True)
         self.embed[unused] = self.embed[donors] + 0.01 * noise
-        self.cluster_size[donors.unique()] /= 2
+        self.cluster_size[donors] /= 2  # once, however often one gives
         self.cluster_size[unused] = self.cluster_size[donors]
         self.embed_avg.copy_(self.embed * self.cluster_size[:, None])
 

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.condition import Condition, TableCache
+from models.condition import Condition
+from models.conditioned import ConditionedConv2d
+from utils.run.device import full_precision
 
 
 class ChannelNorm(nn.LayerNorm):
     """Layer normalisation over the channels of (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             y = F.layer_norm(
                 x.permute(0, 2, 3, 1).to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps
             )
@@ -28,6 +30,12 @@ def activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer normalisation over the channels of (B, C, H, W), then ReLU, in the precision of `weight`."""
     y = F.layer_norm(x.permute(0, 2, 3, 1).to(weight.dtype), weight.shape, weight, bias, eps)
     return F.relu(y, inplace=True).permute(0, 3, 1, 2)
+
+
+def coefficients(raw: Tensor, dtype: torch.dtype, clamp: float) -> tuple[Tensor, Tensor]:
+    """Log-scale within +-`clamp` and shift, each (B, a, H, W), from what the sub-network says, `raw` (B, 2 a, H, W)."""
+    log_scale, shift = (0.1 * raw.to(dtype)).chunk(2, 1)
+    return clamp * log_scale.tanh(), shift
 
 
 def couple(x: Tensor, raw: Tensor, split: int, clamp: float, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,8 +49,7 @@ def couple(x: Tensor, raw: Tensor, split: int, clamp: float, scale: Tensor, offs
     Returns:
         (B, c, H, W), and the coupling's log-determinant per position (B, H, W).
     """
-    log_scale, shift = (0.1 * raw.to(x.dtype)).chunk(2, 1)
-    log_scale = clamp * log_scale.tanh()
+    log_scale, shift = coefficients(raw, x.dtype, clamp)
     y = torch.cat([x[:, :split], x[:, split:] * log_scale.exp() + shift], 1)
     return y * scale + offset, log_scale.sum(1)
 
@@ -69,28 +76,22 @@ class Subnet(nn.Module):
 
     def __init__(self, *, channels: int, out: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = ConditionedConv2d(channels, channels)
         self.ln = ChannelNorm(channels)
         self.conv2 = nn.Conv2d(channels, out, 3, padding=1)
-        self.cache, self.activate = TableCache(), activate
-
-    def train(self, mode: bool = True) -> Subnet:
-        if mode != self.training:
-            self.cache.clear()
-        return super().train(mode)
+        self.activate = activate
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """`x` (B, n - C, H, W) and a condition of C channels -> (B, out, H, W)."""
-        hidden = condition.convolve(x, self.conv1.weight, self.conv1.bias, self.cache)
-        return self.conv2(self.activate(hidden, self.ln.weight, self.ln.bias, self.ln.eps))
+        return self.conv2(self.activate(self.conv1(x, condition), self.ln.weight, self.ln.bias, self.ln.eps))
 
 
 class CouplingBlock(AllInOneBlock):
     """FrEIA 0.2's block (affine coupling, global affine, hard permutation) with two differences.
 
-    The condition is an argument that knows how to convolve itself, and the log-determinant is kept per position,
-    (B, H, W), because the place of a low likelihood is what anomaly detection looks for. The permutation is an index
-    instead of a product with a permutation matrix. Parameters and checkpoints are FrEIA's.
+    The condition is an argument, in parts, and the log-determinant is kept per position, (B, H, W), because the place
+    of a low likelihood is what anomaly detection looks for. The permutation is an index instead of a product with a
+    permutation matrix. Parameters and checkpoints are FrEIA's.
     """
 
     def __init__(self, *, channels: int, condition: int, clamp: float) -> None:
@@ -105,11 +106,6 @@ class CouplingBlock(AllInOneBlock):
         self.couple = torch.compile(couple)
         self.subnet.activate = torch.compile(activate)
 
-    def coefficients(self, passive: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Log-scale and shift for the active half, each (B, floor(c/2), H, W)."""
-        log_scale, shift = (0.1 * self.subnet(passive, condition).to(passive.dtype)).chunk(2, 1)
-        return self.clamp * log_scale.tanh(), shift
-
     def forward(self, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(B, c, H, W) -> the same shape, and the log-determinant per position (B, H, W)."""
         raw = self.subnet(x[:, : self.splits[0]], condition)
@@ -123,7 +119,7 @@ class CouplingBlock(AllInOneBlock):
         order = self.w_perm_inv[:, :, 0, 0].argmax(1)
         x = (y[:, order] - self.global_offset) / scale
         passive, active = x.split(self.splits, dim=1)
-        log_scale, shift = self.coefficients(passive, condition)
+        log_scale, shift = coefficients(self.subnet(passive, condition), passive.dtype, self.clamp)
         x = torch.cat([passive, (active - shift) * (-log_scale).exp()], 1)
         return x, -log_scale.sum(1) - scale.log().sum()
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.condition import Condition, TableCache
+from models.condition import Condition
+from models.conditioned import ConditionedConv2d
 from models.flow import ChannelNorm
 
 BOUND = 1e6  # outputs are clamped to +-BOUND, as in the released code
@@ -29,22 +30,16 @@ class CrossNet(nn.Module):
         super().__init__()
         n = sum(channels) + condition
         self.channels = list(channels)
-        self.cache = TableCache()
-        self.conv1 = nn.Conv2d(n, max(n // 4, 1), 3, padding=1)
+        self.conv1 = ConditionedConv2d(n, max(n // 4, 1))
         self.norm = ChannelNorm(max(n // 4, 1))
         self.conv2 = nn.Conv2d(max(n // 4, 1), sum(channels), 3, padding=1)
         self.conv_s = nn.ModuleList(nn.Conv2d(c, o, 3, padding=1) for c, o in zip(channels, out, strict=True))
         self.conv_t = nn.ModuleList(nn.Conv2d(c, o, 3, padding=1) for c, o in zip(channels, out, strict=True))
 
-    def train(self, mode: bool = True) -> CrossNet:
-        self.cache.clear()
-        return super().train(mode)
-
     def forward(self, levels: Levels, condition: Condition) -> tuple[Levels, Levels]:
         """Levels (B, c_l, H_l, W_l) -> raw log-scales and shifts, each (B, o_l, H_l, W_l)."""
         pooled = torch.cat([F.adaptive_avg_pool2d(x, condition.size) for x in levels], 1)
-        hidden = condition.convolve(pooled, self.conv1.weight, self.conv1.bias, self.cache)
-        cross = F.relu(self.conv2(F.relu(self.norm(hidden)))).split(self.channels, 1)
+        cross = F.relu(self.conv2(F.relu(self.norm(self.conv1(pooled, condition))))).split(self.channels, 1)
         mixed = [x + resize(part, x).to(x.dtype) for x, part in zip(levels, cross, strict=True)]
         log_scales = tuple(conv(x).to(x.dtype) for conv, x in zip(self.conv_s, mixed, strict=True))
         shifts = tuple(conv(x).to(x.dtype) for conv, x in zip(self.conv_t, mixed, strict=True))

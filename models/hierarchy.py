@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from models.codebook import Codebook
 from models.condition import CodePart, Condition, VectorPart
+from models.norm import BatchNorm1d, BatchNorm2d
 
 LEVELS = 3  # levels with a flow; the top one follows them
 
@@ -57,7 +57,7 @@ class Quantization:
 def mlp(width: int, *sizes: int) -> nn.Sequential:
     """Linear, BN, ReLU for each size; 1x1 convolutions with `width` 2, linear layers with `width` 0."""
     layer = (lambda a, b: nn.Conv2d(a, b, 1)) if width == 2 else nn.Linear
-    norm = nn.BatchNorm2d if width == 2 else nn.BatchNorm1d
+    norm = BatchNorm2d if width == 2 else BatchNorm1d
     layers: list[nn.Module] = []
     for a, b in pairwise(sizes):
         layers += [layer(a, b), norm(b), nn.ReLU()]
@@ -65,11 +65,15 @@ def mlp(width: int, *sizes: int) -> nn.Sequential:
 
 
 @lru_cache(maxsize=32)
-def position_encoding(channels: int, height: int, width: int) -> Tensor:
+@torch.inference_mode(False)  # what is remembered must also serve in training
+def position_encoding(
+    channels: int, height: int, width: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
     """Sine/cosine encoding (channels, height, width): the first half encodes the column, the second the row.
 
     Inside a half even channels are sines, odd ones cosines, with frequencies exp(-ln(1e4) 2i / half) (Vaswani et al.,
-    arXiv 1706.03762, section 3.5, in two dimensions).
+    arXiv 1706.03762, section 3.5, in two dimensions). Remembered for each size where it is used, so that no forward
+    but the first copies it to a device, and convolutions know it again.
     """
     half = channels // 2
     frequency = torch.exp(torch.arange(0, half, 2) * -(math.log(1e4) / half))[:, None]
@@ -80,7 +84,7 @@ def position_encoding(channels: int, height: int, width: int) -> Tensor:
 
     column = encode(width)[:, None, :].expand(half, height, width)
     row = encode(height)[:, :, None].expand(half, height, width)
-    return torch.cat([column, row])
+    return torch.cat([column, row]).to(device, dtype)
 
 
 class Hierarchy(nn.Module):
@@ -92,7 +96,7 @@ class Hierarchy(nn.Module):
         positions: P, channels of the position encoding, 0 for none.
         quantization: what is quantized, and by which codebooks.
         sizes: channels to which each level's condition is projected, None for no projection.
-        direct: convolve conditions as dense maps, the reference for their structured convolution.
+        direct: hand conditions out as dense maps, the reference for their convolution by parts.
     """
 
     def __init__(
@@ -136,8 +140,9 @@ class Hierarchy(nn.Module):
         return torch.cat([embedded, *encoding], 1)
 
     def encoding(self, like: Tensor) -> Tensor:
-        """The position encoding for the map `like`, (P, H, W)."""
-        return position_encoding(self.positions, *like.shape[-2:]).to(like)
+        """The position encoding for the map `like`, (P, H, W), in single precision at least."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return position_encoding(self.positions, *like.shape[-2:], dtype, like.device)
 
     def condition(self, level: int, embedded: Tensor, concept: Tensor) -> tuple[Condition, Tensor | None, Tensor]:
         """Condition, pattern indices (B, H, W) and commitment of one level.
@@ -150,34 +155,30 @@ class Hierarchy(nn.Module):
         encoding = self.encoding(embedded) if self.positions else None
         dim, last = concept.shape[1], len(positions) + 1
         whole = VectorPart(vector=concept, piece=last)
-        shape: dict[str, Any] = {"size": tuple(embedded.shape[-2:]), "direct": self.direct}
+        size = (embedded.shape[2], embedded.shape[3])
         if not self.cspc:
             parts = Condition(
-                **shape,
-                widths=(dim, *positions, dim),
-                map=embedded,
-                position=encoding,
-                position_piece=1,
+                size=size, widths=(dim, *positions, dim), map=embedded, position=encoding, position_piece=1,
                 vectors=(whole,),
-            )
-            return self.projected(level, parts), None, embedded.new_zeros(())
+            )  # fmt: skip
+            return self.handed_out(level, parts), None, embedded.new_zeros(())
         out = self.cspc[level](self.pattern_input(embedded, concept).permute(0, 2, 3, 1))
-        codes = CodePart.make(out.indices, out.codes, embedded)
         if self.quantize == "naive":
-            parts = Condition(**shape, widths=(dim, *positions, dim), codes=codes, vectors=(whole,))
+            codes = CodePart.make(out.indices, out.codes, embedded, placed=False)
+            parts = Condition(size=size, widths=(dim, *positions, dim), codes=codes, vectors=(whole,))
         else:
             base = VectorPart(vector=concept.detach(), piece=last - 1)
+            codes = CodePart.make(out.indices, out.codes, embedded, placed=encoding is not None)
             parts = Condition(
-                **shape, widths=(*positions, dim, dim), codes=codes, position=encoding, vectors=(base, whole)
+                size=size, widths=(*positions, dim, dim), codes=codes, position=encoding, vectors=(base, whole)
             )
-        return self.projected(level, parts), out.indices, out.commitment
+        return self.handed_out(level, parts), out.indices, out.commitment
 
-    def projected(self, level: int, condition: Condition) -> Condition:
-        """`condition` itself, or its projection to fewer channels."""
+    def handed_out(self, level: int, condition: Condition) -> Condition:
+        """`condition` by its parts, or as one map where that is asked for or it is projected to fewer channels."""
         if self.projections is None:
-            return condition
-        dense = self.projections[level](condition.dense())
-        return Condition(size=condition.size, widths=(dense.shape[1],), map=dense)
+            return Condition.of_map(condition.dense()) if self.direct else condition
+        return Condition.of_map(self.projections[level](condition.dense()))
 
     def forward(self, features: Sequence[Tensor]) -> ConditionSet:
         """Features (B, c_l, H_l, W_l) of the three levels and the top -> their conditions."""

@@ -8,46 +8,47 @@ section 3). No class label is needed for it: an image of another product is seld
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-NEAREST = 48  # images that are searched
+from utils.run.device import exact_products
+
 ROWS = 256  # stored vectors compared at a time on a CPU: the products of more do not stay in its cache
+SAME = 0.01  # of a descriptor's norm: closer to a stored one than this is the same image
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """Two neighbouring levels on the grid of the finer one, `places` of them kept from each image."""
+    """Two neighbouring levels on the grid of the finer one, `places` of them kept from each image, and how much the
+    distances count beside other opinions (`weight`)."""
 
     levels: tuple[int, int]
     places: int
     weight: float
 
 
-# Boards need the finest levels, woven and cracked surfaces the middle ones, shapes the coarse ones (EXPERIMENTS.md).
-VIEWS = (
-    View(levels=(0, 1), places=200, weight=2.0),
-    View(levels=(1, 2), places=256, weight=2.0),
-    View(levels=(2, 3), places=128, weight=1.0),
-)
-
-
 class Memory(nn.Module):
     """Vectors from random places of normal images, and a descriptor of each image: the mean of its top level.
 
-    A vector holds the features of a view's two levels, each averaged over its 3x3 neighbourhood. Buffers, in half
-    precision: `descriptors` (N, C_3) and `vectors_v` (N, places, C_a + C_b) of N images.
+    A vector holds the standardized features of a view's two levels, each averaged over its 3x3 neighbourhood. Buffers,
+    in half precision: `descriptors` (N, C_3) and `vectors_v` (N, places, C_a + C_b) of N images.
+
+    Args:
+        channels: channels of the four levels.
+        views: what is looked at.
+        nearest: how many images, those most like an image, it is compared with.
     """
 
-    def __init__(self, *, channels: Sequence[int]) -> None:
+    def __init__(self, *, channels: Sequence[int], views: Sequence[View], nearest: int) -> None:
         super().__init__()
+        self.views, self.nearest = tuple(views), nearest
         self.descriptors: Tensor
         self.register_buffer("descriptors", torch.zeros(0, channels[-1], dtype=torch.float16))
-        for v, view in enumerate(VIEWS):
+        for v, view in enumerate(self.views):
             width = sum(channels[level] for level in view.levels)
             self.register_buffer(f"vectors_{v}", torch.zeros(0, 0, width, dtype=torch.float16))
 
@@ -59,52 +60,111 @@ class Memory(nn.Module):
 
     @staticmethod
     def embed(features: Sequence[Tensor], view: View) -> Tensor:
-        """Features (B, c_l, H_l, W_l) of all levels -> a view's vectors (B, H W, C), row by row."""
+        """Features (B, c_l, H_l, W_l) of all levels -> a view's vectors (B, H W, C), row by row; linear in them."""
         grid = features[view.levels[0]].shape[-2:]
         local = [F.avg_pool2d(features[level].float(), 3, 1, 1) for level in view.levels]
         same = [h if h.shape[-2:] == grid else F.interpolate(h, size=grid, mode="bilinear") for h in local]
         return torch.cat(same, 1).flatten(2).transpose(1, 2)
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Sequence[Tensor]], *, images: int, size: int) -> None:
-        """Remember `size` random ones of the `images` images whose features are in `batches`, or all of them."""
-        chosen = set(torch.randperm(images)[:size].tolist())
-        kept: dict[str, list[Tensor]] = {name: [] for name, _ in self.named_buffers()}
-        seen = 0
-        for features in batches:
-            embedded = [self.embed(features, view) for view in VIEWS]
-            descriptors = features[-1].float().mean((2, 3))
-            for row, descriptor in enumerate(descriptors):
-                if seen in chosen:
-                    kept["descriptors"].append(descriptor.half())
-                    for v, view in enumerate(VIEWS):
-                        order = torch.randperm(embedded[v].shape[1])[: view.places].to(descriptor.device)
-                        kept[f"vectors_{v}"].append(embedded[v][row, order].half())
-                seen += 1
-        for name, rows in kept.items():
-            setattr(self, name, torch.stack(rows))
+    def forward(self, features: Sequence[Tensor], *, own: bool = True) -> list[Tensor]:
+        """Euclidean distance to the nearest vector of the `nearest` images that are most like each image.
+
+        One map (B, H, W) per view, on the grid of its finer level. Without `own` an image's own vectors are left out,
+        if it is one of those remembered: a stored image is at no distance from itself, a new one always is.
+        """
+        with exact_products(features[-1].device):
+            near = self._most_alike(features[-1].float().mean((2, 3)), own)
+            found = [self._distances(features, v, near) for v in range(len(self.views))]
+        return found
+
+    def _most_alike(self, descriptor: Tensor, own: bool) -> Tensor:
+        """Numbers of the stored images most like each one of `descriptor` (B, C_3): (B, at most `nearest`)."""
+        known = self.descriptors.float()
+        gaps = known.square().sum(1) - 2 * descriptor @ known.T  # squared, up to a constant of each image
+        if not own:
+            closest = gaps.argmin(1)
+            gone = (descriptor - known[closest]).norm(dim=1) < SAME * descriptor.norm(dim=1)
+            gaps[gone.nonzero().flatten(), closest[gone]] = torch.inf
+        gap, near = gaps.topk(min(self.nearest, len(known)), largest=False)
+        return near if own else torch.where(gap.isinf(), near[:, :1], near)  # another one in its place
+
+    def _distances(self, features: Sequence[Tensor], v: int, near: Tensor) -> Tensor:
+        """A view's map (B, H, W) of distances to the vectors of the images `near` (B, M)."""
+        view, vectors = self.views[v], getattr(self, f"vectors_{v}")
+        places = self.embed(features, view)
+        if torch.compiler.is_exporting():  # a traced batch has no length yet
+            distance = nearest(places, vectors[near].flatten(1, 2))
+        else:
+            pairs = zip(places.split(1), near.split(1), strict=True)
+            distance = torch.cat([nearest(own, vectors[rows].flatten(1, 2)) for own, rows in pairs])
+        return distance.unflatten(1, features[view.levels[0]].shape[-2:])
+
+
+class Choice:
+    """Which of `images` images that come one after the other are among `size` random ones, or all of them."""
+
+    def __init__(self, *, images: int, size: int) -> None:
+        self.chosen, self.seen = torch.zeros(images, dtype=torch.bool), 0
+        self.chosen[torch.randperm(images)[:size]] = True
+
+    def rows(self, batch: Tensor) -> Tensor:
+        """Numbers of the chosen ones among the next len(batch) images, on the device of `batch`."""
+        part = self.chosen[self.seen : self.seen + len(batch)]
+        self.seen += len(batch)
+        return part.nonzero().flatten().to(batch.device)
+
+
+class Remembering:
+    """Fills a memory in one pass over the images, before their channel statistics are known.
+
+    `Memory.embed` is linear, so that what it makes of features as they are is standardized afterwards.
+
+    Args:
+        images: how many will come.
+        size: how many of them, chosen at random, are remembered.
+    """
+
+    def __init__(self, memory: Memory, *, images: int, size: int) -> None:
+        self.memory, self.choice = memory, Choice(images=images, size=size)
+        self.coverage: list[Tensor] = []
+        self.descriptors: list[Tensor] = []
+        self.vectors: list[list[tuple[Tensor, Tensor]]] = [[] for _ in memory.views]  # place numbers, vectors
 
     @torch.no_grad()
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Euclidean distance to the nearest vector of the `NEAREST` images that are most like each image.
+    def add(self, features: Sequence[Tensor]) -> None:
+        """The next images' features (B, c_l, H_l, W_l), not standardized."""
+        rows = self.choice.rows(features[0])
+        if not len(rows):
+            return
+        picked = [h[rows].float() for h in features]
+        self.coverage = self.coverage or self._coverage(picked)
+        self.descriptors.append(picked[-1].mean((2, 3)))
+        for v, view in enumerate(self.memory.views):
+            for vectors in self.memory.embed(picked, view):
+                order = torch.randperm(len(vectors))[: view.places].to(vectors.device)
+                self.vectors[v].append((order, vectors[order]))
 
-        One map (B, H, W) per view, on the grid of its finer level.
-        """
-        known = self.descriptors.float()
-        gaps = known.square().sum(1) - 2 * features[-1].float().mean((2, 3)) @ known.T  # squared, up to a constant
-        near = gaps.topk(min(NEAREST, len(self.descriptors)), largest=False).indices
-        found = []
-        for v, view in enumerate(VIEWS):
-            places, vectors = self.embed(features, view), getattr(self, f"vectors_{v}")
-            if torch.compiler.is_exporting():  # a traced batch has no length yet
-                distance = nearest(places, vectors[near].flatten(1, 2))
-            else:
-                pairs = zip(places.split(1), near.split(1), strict=True)
-                distance = torch.cat([nearest(own, vectors[rows].flatten(1, 2)) for own, rows in pairs])
-            found.append(distance.unflatten(1, features[view.levels[0]].shape[-2:]))
-        return found
+    def _coverage(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What a view makes of ones in its two levels, (H W, 2): less than one at the border."""
+        ones = [torch.ones_like(h[:1, :1]) for h in features]
+        return [self.memory.embed(ones, view)[0] for view in self.memory.views]
+
+    @torch.no_grad()
+    def finish(self, means: Sequence[Tensor], stds: Sequence[Tensor]) -> None:
+        """Give the memory what was gathered, standardized by each level's statistics (c_l,)."""
+        self.memory.descriptors = ((torch.cat(self.descriptors) - means[-1]) / stds[-1]).half()
+        for v, view in enumerate(self.memory.views):
+            a, b = view.levels
+            shift, scale = torch.stack([spread(means, a, b, 0), spread(means, a, b, 1)]), torch.cat([stds[a], stds[b]])
+            rows = [(x - self.coverage[v][order] @ shift) / scale for order, x in self.vectors[v]]
+            setattr(self.memory, f"vectors_{v}", torch.stack(rows).half())
+
+
+def spread(values: Sequence[Tensor], a: int, b: int, part: int) -> Tensor:
+    """Channels of the levels a and b, one after the other, with zeros in place of the other part's."""
+    kept = [values[a], torch.zeros_like(values[b])] if part == 0 else [torch.zeros_like(values[a]), values[b]]
+    return torch.cat(kept)
 
 
 def nearest(places: Tensor, vectors: Tensor) -> Tensor:

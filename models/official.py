@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from default import ModelConfig, UsageError
 from models.vqflow import VQFlow
@@ -90,14 +90,12 @@ def load_official(
     return model.eval()
 
 
-def load_strictly(model: VQFlow, state: Mapping[str, Tensor], name: str) -> None:
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Load `state`; names and shapes must all agree.
 
     Raises:
         UsageError: naming the first tensor that is missing, left over or of another shape.
     """
-    if model.memory is not None:
-        model.memory.make_room({k.removeprefix("memory."): v for k, v in state.items()})
     own = model.state_dict()
     for key in [*own, *state]:
         if key not in state or key not in own:
@@ -128,7 +126,6 @@ def converted(checkpoint: Mapping[str, Any], channels: Sequence[int]) -> dict[st
     for key, value in _flat(checkpoint.get("sigma_mu_generators")).items():
         level, kind, name = key.split(".")
         state[f"prior.{swapped[kind]}.{level}.{name}"] = value
-    state |= {"surprise_mean": torch.zeros(3), "surprise_std": torch.ones(3)}
     for number, c in enumerate(channels):
         state |= {f"mean_{number}": torch.zeros(c), f"std_{number}": torch.ones(c)}
     return state

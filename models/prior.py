@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from utils.run.device import full_precision
+
 UNIT = math.log(math.e - 1)  # softplus(UNIT) = 1
 
 
@@ -32,7 +34,8 @@ class MixedGaussian(nn.Module):
 
     def parameters_of(self, level: int, concept: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and scale of a level, each (B, c_l)."""
-        with torch.autocast(concept.device.type, enabled=False):
+        with full_precision(concept.device):
+            concept = concept.to(torch.promote_types(concept.dtype, torch.float32))  # without codebooks it may be less
             shift, raw = self.shift[level](concept), self.scale[level](concept)
         scale = (raw.square() + 1e-8).sqrt() if self.released else F.softplus(raw + UNIT)
         return shift, scale

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +38,21 @@ def save(path: Path, image: np.ndarray, mode: str = "RGB") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     made = Image.fromarray(image)
     (made.quantize(64) if mode == "P" else made.convert(mode)).save(path)
+
+
+def png16(path: Path, values: np.ndarray, colour: int, extra: bytes = b"") -> None:
+    """A PNG file of 16 bits with any number of channels, which Pillow cannot write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + values[y].astype(">u2").tobytes() for y in range(height))
+    head = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    clear = chunk(b"tRNS", extra) if extra else b""
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + clear + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
 
 
 def make_mvtec(

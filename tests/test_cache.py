@@ -12,7 +12,7 @@ from datasets import build_datasets
 from datasets.cache import FeatureSize, cache_key, check_space, make_store
 from datasets.features import CachedFeatures, LiveFeatures, prefetched
 from datasets.folder import ImageFolder
-from datasets.loaders import test_loader as ordered_loader
+from datasets.loaders import ordered_loader
 from default import DataConfig, UsageError
 from fake_data import METHOD, TINY, make_mvtec
 from main import main, parse
@@ -151,3 +151,31 @@ def test_auto_goes_without_where_pre_extract_refuses(tmp_path: Path, monkeypatch
 
 def test_contradicting_flags() -> None:
     assert main(["--cache", "none", "--pre-extract", "--dry-run"]) == 2
+
+
+def cache_names(root: Path, *flags: str) -> tuple[str, list[torch.Tensor]]:
+    """Which cache a configuration uses, and what it would hold of one image."""
+    config = parse([*TINY, *METHOD, "--dataset", "mvtec", "--data-path", str(root), "--work-dir", str(root), *flags])[0]
+    images = build_datasets(config.data, ("bottle",), config.score_size)[1]
+    stage = Stage(config)
+    return stage.cache_folder(images).name, stage.extract(images[0].image[None])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--pool-type", "max"), ("--pool-type", "none"), ("--memory", "5"), ("--amp-enable",), ("--eval-size", "32"),
+        ("--input-size", "96"), ("--extractor", "test_resnet", "--no-pretrained"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_cache_is_never_used_for_other_features(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    root = make_mvtec(tmp_path / "data", classes=("bottle",), train=1, good=1, bad=1)
+    (plain, features), (other, changed) = cache_names(root), cache_names(root, *flags)
+    same = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(features, changed, strict=True))
+    if flags != ("--eval-size", "32"):
+        assert (plain == other) == same, "one cache for what is equal, another one for what is not"
+    else:
+        assert plain != other, "it holds the masks, too"
+    assert same == (flags == ("--eval-size", "32")) or flags == ("--amp-enable",)
+    assert cache_names(root)[0] == plain

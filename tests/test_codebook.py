@@ -85,11 +85,40 @@ def test_seeding_puts_codes_into_the_data(samples: int) -> None:
     book.seed(x)
     assert torch.isfinite(book.embed).all()
     assert (book.embed - 100).abs().max() < 6
+    assert len(book.embed.unique(dim=0)) > min(samples, 15)  # more codes than samples: with a little noise
     if samples == 500:
         book.eval()
         random = Codebook(codes=16, dim=4).eval()
         random.embed.copy_(x[:16])
         assert book(x).commitment < random(x).commitment
+
+
+def test_few_codes_start_far_apart() -> None:
+    """One of seven small groups beside a large one would hardly be drawn by a uniform choice, nor found by Lloyd."""
+    torch.manual_seed(0)
+    places = 1000 * torch.randn(8, 3)
+    samples = torch.cat([places[:1].expand(2000, -1), places[1:].repeat_interleave(3, 0)]) + torch.randn(2021, 3)
+    book = Codebook(codes=8, dim=3)
+    book.seed(samples)
+    assert torch.cdist(places, book.embed).amin(1).max() < 5
+
+
+def test_seeding_starts_the_averages_anew() -> None:
+    torch.manual_seed(0)
+    book, x = Codebook(codes=4, dim=2), torch.randn(50, 2)
+    book(x)
+    book.seed(x)
+    assert book.cluster_size.tolist() == [1, 1, 1, 1]
+    assert torch.equal(book.embed_avg, book.embed)
+
+
+def test_codes_are_those_that_quantized() -> None:
+    """Not those after the update: what is convolved with them is what the input became."""
+    torch.manual_seed(0)
+    book, x = Codebook(codes=4, dim=2), torch.randn(50, 2)
+    out = book(x)
+    torch.testing.assert_close(out.codes[out.indices], out.quantized)
+    assert not torch.equal(out.codes, book.embed)
 
 
 def test_reassign_moves_unused_codes_to_the_most_used() -> None:

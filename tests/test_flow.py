@@ -16,7 +16,7 @@ SIZES = [(3, 4), (1, 1), (2, 5)]
 
 
 def dense(b: int, c: int, h: int, w: int) -> Condition:
-    return Condition(size=(h, w), widths=(c,), map=torch.randn(b, c, h, w, dtype=torch.float64))
+    return Condition.of_map(torch.randn(b, c, h, w, dtype=torch.float64))
 
 
 def shake(module: torch.nn.Module) -> torch.nn.Module:
@@ -70,6 +70,14 @@ def test_fusion_inverts_and_its_log_det_is_autograds(sizes: tuple) -> None:
     torch.testing.assert_close(sum(j[0].sum() for j in local), slogdet(joined, start))
 
 
+def test_fusion_bounds_its_latents() -> None:
+    """As in the released code: a broken image must not give infinite scores."""
+    fusion = FusionFlow(channels=(2, 3, 4), condition=3, clamp=1.9).double()
+    levels = tuple(1e9 * torch.randn(2, c, 4, 4, dtype=torch.float64) for c in (2, 3, 4))
+    out, _ = fusion(levels, dense(2, 3, 4, 4))
+    assert all(x.abs().max() == 1e6 for x in out)
+
+
 def test_block_equals_freias_own() -> None:
     """Same parameters, FrEIA's own forward on the concatenated condition."""
     torch.manual_seed(0)
@@ -79,7 +87,8 @@ def test_block_equals_freias_own() -> None:
     class Joined(torch.nn.Module):
         def forward(self, joined: torch.Tensor) -> torch.Tensor:
             net = block.subnet
-            return net.conv2(net.ln(net.conv1(joined)).relu())
+            hidden = torch.nn.functional.conv2d(joined, net.conv1.weight, net.conv1.bias, padding=1)
+            return net.conv2(net.ln(hidden).relu())
 
     freia = AllInOneBlock(
         [(5, 1, 1)], dims_c=[(4, 1, 1)], affine_clamping=1.9, subnet_constructor=lambda a, b: Joined()

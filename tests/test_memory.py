@@ -1,4 +1,4 @@
-"""The memory against a plain search, what it keeps, its place in the model, and calibrated opinions."""
+"""The memory against a plain search, what it keeps, its place in the detector, and calibrated opinions."""
 
 import numpy as np
 import pytest
@@ -8,17 +8,19 @@ from torch.nn import functional as F
 
 from datasets import split_holdout
 from datasets.folder import ImageFolder, Item
-from default import ModelConfig, UsageError, make_config
+from default import UsageError, make_config
 from models import memory
-from models.memory import NEAREST, VIEWS, Memory, nearest
+from models.detector import Detector
+from models.first_look import first_look, stacked
+from models.memory import Choice, Memory, Remembering, nearest
 from models.official import load_strictly
-from models.vqflow import VQFlow
-from tests.test_vqflow import CHANNELS, SMALL, build
-from train import initialize
+from models.scorer import ScoreMaps, Scorer, ScoreRule
+from tests.test_vqflow import CHANNELS, build
 from utils.metrics.concepts import agreement
-from utils.scoring import score_maps
 
 IMAGES = 7
+RULE = ScoreRule()
+VIEWS = RULE.views
 
 
 def levels(images: int, seed: int, side: int = 64) -> list[torch.Tensor]:
@@ -26,11 +28,18 @@ def levels(images: int, seed: int, side: int = 64) -> list[torch.Tensor]:
     return [torch.randn(images, c, side // s, side // s) for c, s in zip(CHANNELS, (4, 8, 16, 32), strict=True)]
 
 
-def fitted(images: int = IMAGES, size: int = 1000) -> Memory:
-    found = Memory(channels=CHANNELS)
+def parts(features: list[torch.Tensor], at: int) -> list[list[torch.Tensor]]:
+    return [[f[:at] for f in features], [f[at:] for f in features]]
+
+
+def fitted(images: int = IMAGES, size: int = 1000, nearest: int = RULE.nearest) -> Memory:
+    found = Memory(channels=CHANNELS, views=VIEWS, nearest=nearest)
     features = levels(images, 0)
     torch.manual_seed(2)
-    found.fit([[f[:3] for f in features], [f[3:] for f in features]], images=images, size=size)
+    remembering = Remembering(found, images=images, size=size)
+    for part in parts(features, 3):
+        remembering.add(part)
+    remembering.finish([torch.zeros(c) for c in CHANNELS], [torch.ones(c) for c in CHANNELS])
     return found
 
 
@@ -43,9 +52,8 @@ def test_nearest_equals_a_plain_search(rows: int) -> None:
         np.testing.assert_allclose(found[b], cdist(places[b], vectors[b].half().float()).min(1), atol=1e-3)
 
 
-def test_a_map_is_the_distance_to_the_most_similar_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "NEAREST", 2)
-    kept, asked = fitted(), levels(3, 5)
+def test_a_map_is_the_distance_to_the_most_similar_images() -> None:
+    kept, asked = fitted(nearest=2), levels(3, 5)
     for v, (view, found) in enumerate(zip(VIEWS, kept(asked), strict=True)):
         a, b = view.levels
         grid = asked[a].shape[-1]
@@ -68,6 +76,22 @@ def test_remembered_images_are_near_and_others_are_not() -> None:
         assert far.min() > near.median()
 
 
+def test_own_vectors_are_left_out() -> None:
+    """Each image meets the memory of all others, as if it had never been stored; a new image meets all of it."""
+    kept, features = fitted(), levels(IMAGES, 0)
+    found = kept(features, own=False)
+    for i in range(IMAGES):
+        others = Memory(channels=CHANNELS, views=VIEWS, nearest=RULE.nearest)
+        rows = [n for n in range(IMAGES) if n != i]
+        for name, value in kept.named_buffers():
+            setattr(others, name, value[rows])
+        for a, b in zip(found, others([f[i : i + 1] for f in features]), strict=True):
+            torch.testing.assert_close(a[i : i + 1], b)
+    new = levels(2, 9)
+    for a, b in zip(kept(new, own=False), kept(new), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(("size", "expected"), [(3, 3), (1000, IMAGES)])
 def test_it_keeps_as_many_images_as_asked_for(size: int, expected: int) -> None:
     kept = fitted(size=size)
@@ -81,77 +105,158 @@ def test_it_keeps_as_many_images_as_asked_for(size: int, expected: int) -> None:
     assert all((every == row).all(1).any() for row in kept.descriptors)
 
 
+def test_what_is_remembered_is_standardized_as_if_it_had_been_before() -> None:
+    """The statistics are known only when the pass is over; at the border a mean counts zeros."""
+    features, means = levels(IMAGES, 0), [torch.linspace(-3, 5, c) for c in CHANNELS]
+    stds = [torch.linspace(0.5, 4, c) for c in CHANNELS]
+    ready = [(f - m[:, None, None]) / s[:, None, None] for f, m, s in zip(features, means, stds, strict=True)]
+    kept = []
+    for rows, statistics in ((features, (means, stds)), (ready, ([0 * m for m in means], [0 * s + 1 for s in stds]))):
+        found = Memory(channels=CHANNELS, views=VIEWS, nearest=3)
+        torch.manual_seed(4)
+        remembering = Remembering(found, images=IMAGES, size=5)
+        for part in parts(rows, 2):
+            remembering.add(part)
+        remembering.finish(*statistics)
+        kept.append(dict(found.named_buffers()))
+    for name, value in kept[0].items():
+        torch.testing.assert_close(value, kept[1][name], rtol=2e-3, atol=2e-3)
+
+
+def test_a_choice_takes_every_image_alike() -> None:
+    torch.manual_seed(0)
+    counts = torch.zeros(10)
+    for _ in range(400):
+        choice, at = Choice(images=10, size=4), 0
+        for length in (4, 5, 1):
+            counts[choice.rows(torch.zeros(length)) + at] += 1
+            at += length
+    assert counts.sum() == 1600 and counts.min() > 120 and counts.max() < 200
+
+
 def test_more_images_than_are_searched() -> None:
-    kept = fitted(images=NEAREST + 5)
-    assert len(kept.descriptors) == NEAREST + 5
+    kept = fitted(images=RULE.nearest + 5)
+    assert len(kept.descriptors) == RULE.nearest + 5
     assert all(torch.isfinite(found).all() for found in kept(levels(2, 1)))
 
 
-# --- in the model
+# --- in the detector
 
 
-class Batch:
-    def __init__(self, features: list[torch.Tensor]) -> None:
-        self.features, self.path = features, ("",) * len(features[0])
+def detector(memory: int = 4, **options: object) -> Detector:
+    flow = build(memory=memory, concat_pos=True, mixed_gaussian=True, **options)
+    return Detector(flow, Scorer(channels=CHANNELS, memory=bool(memory)), size=32)
 
 
-def trained(**options: object) -> VQFlow:
-    model = build(memory=4, concat_pos=True, mixed_gaussian=True, **options)
-    initialize(model, lambda _: iter([Batch(levels(IMAGES, 0))]), IMAGES)  # type: ignore[arg-type]
-    return model.eval()
+def trained(**options: object) -> Detector:
+    found = detector(**options)
+    first_look(found, parts(levels(IMAGES, 0), 3), images=IMAGES, batch_size=3)
+    return found.eval()
 
 
 @pytest.mark.parametrize("pool", ["avg", "none"])
 def test_flows_see_pooled_features_and_the_memory_all_places(pool: str) -> None:
-    model, asked = trained(pool_type=pool), levels(2, 1)
-    assert model.config.kept_pool == "none"
+    found, asked = trained(pool_type=pool), levels(2, 1)
+    assert found.flow.config.kept_pool == "none"
     plain = build(pool_type=pool, concat_pos=True, mixed_gaussian=True).eval()
-    load_strictly(plain, {k: v for k, v in model.state_dict().items() if k in plain.state_dict()} | {
-        f"surprise_{k}": torch.zeros(3) for k in ("mean", "std")}, "")  # fmt: skip
-    output, without = model.forward_features(asked), plain.forward_features(asked)
-    for z, expected in zip(output.latents, without.latents, strict=True):
+    load_strictly(plain, found.flow.state_dict(), "")
+    judgement, without = found.judge(found.flow.keep(asked)), plain(plain.keep(asked))
+    for z, expected in zip(judgement.output.latents, without.latents, strict=True):
         torch.testing.assert_close(z, expected)
-    assert [tuple(s.shape[1:]) for s in output.surprise[3:]] == [(16, 16), (8, 8), (4, 4)]
-    assert not model.train().forward_features(asked).surprise
+    assert [tuple(s.shape[1:]) for s in judgement.maps.opinions()[3:]] == [(16, 16), (8, 8), (4, 4)]
+
+
+def test_the_first_look_uses_all_images_and_standardizes_what_is_remembered() -> None:
+    found, features = trained(memory=100, pool_type="none"), levels(IMAGES, 0)
+    for level, (mean, std) in enumerate(zip(*found.flow.statistics(), strict=True)):
+        torch.testing.assert_close(mean, features[level].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(std, features[level].std((0, 2, 3), unbiased=False), rtol=1e-4, atol=1e-5)
+    assert found.scorer.memory is not None
+    assert len(found.scorer.memory.descriptors) == IMAGES
+    standardized = found.flow.standardize(features)
+    assert all(near.flatten(1).median() < 0.05 for near in found.scorer.memory(standardized)[1:])
+
+
+def test_codes_start_in_the_data() -> None:
+    """After the first look every image's concept and every pattern is near a code; random codes are not."""
+    seeded, features = trained(pool_type="none").flow, levels(IMAGES, 0)
+    random = detector(pool_type="none").flow
+    random.load_state_dict(
+        seeded.state_dict() | {k: v for k, v in random.state_dict().items() if ".cspc." in k or ".cpc." in k}
+    )
+    gaps = [float(flow.train()(features).commitment.detach()) for flow in (seeded, random)]
+    assert gaps[0] < 0.3 * gaps[1]
+
+
+def test_seed_batches_hold_every_image_once() -> None:
+    rows = [[torch.full((1,), float(i)), torch.full((2,), float(i))] for i in range(11)]
+    batches = list(stacked(rows, 4))
+    assert [len(b[0]) for b in batches] == [3, 4, 4]
+    assert torch.cat([b[0] for b in batches]).flatten().tolist() == list(range(11))
+    assert all(torch.equal(a[:, 0], b[:, 1]) for a, b in batches)
 
 
 def test_calibrated_opinions_have_mean_zero_and_their_weight_as_deviation() -> None:
-    model = trained()
-    unseen = levels(6, 3)
-    nll = model.calibrate([[f[:2] for f in unseen], [f[2:] for f in unseen]])
-    output = model.forward_pooled(unseen)
-    assert nll == pytest.approx(float(output.nll.detach().mean()) / output.dims, rel=1e-5)
+    found, unseen = trained(), levels(6, 3)
+    nll = found.calibrate(parts(unseen, 2))
+    assert int(found.scorer.calibrated) == 6
+    judgement = found.judge(unseen)
+    assert nll == pytest.approx(float(judgement.output.nll.mean()) / judgement.output.dims, rel=1e-5)
+    assert found.nll_per_dim([unseen]) == pytest.approx(nll, rel=1e-5)
     weights = [1.0, 1.0, 1.0] + [view.weight for view in VIEWS]
-    for found, weight in zip(output.surprise, weights, strict=True):
-        assert abs(float(found.detach().mean())) < 1e-3
-        assert float(found.detach().std(unbiased=False)) == pytest.approx(weight / sum(weights), rel=1e-3)
-    again = model.calibrate([unseen])  # from scratch, whatever was known
-    assert again == pytest.approx(nll, rel=1e-5)
-    torch.testing.assert_close(model.forward_pooled(unseen).surprise[4], output.surprise[4], rtol=1e-3, atol=1e-3)
+    opinions = judgement.maps.opinions()
+    for own, weight in zip(opinions, weights, strict=True):
+        assert abs(float(own.mean())) < 1e-3
+        assert float(own.std(unbiased=False)) == pytest.approx(weight / sum(weights), rel=1e-3)
+    assert found.calibrate([unseen]) == pytest.approx(nll, rel=1e-5)  # from scratch, whatever was known
+    torch.testing.assert_close(found.judge(unseen).maps.opinions()[4], opinions[4], rtol=1e-3, atol=1e-3)
+
+
+def test_calibration_on_remembered_images_says_what_new_ones_have() -> None:
+    """Images that meet themselves in the memory are too near: new ones would all look strange."""
+    new = levels(40, 8)
+    shift = []
+    for own in (False, True):
+        found = trained(memory=100)
+        found.calibrate([levels(IMAGES, 0)], own=own)
+        shift.append(float(found.judge(new).maps.opinions()[5].mean()) / found.scorer.weights[5])
+    assert abs(shift[0]) < 0.5 < shift[1]
+
+
+def test_calibration_leaves_the_mode_and_the_flow_as_they_were() -> None:
+    found = trained().train()
+    before = {k: v.clone() for k, v in found.flow.state_dict().items()}
+    found.calibrate([levels(4, 3)])
+    assert found.training and found.flow.training
+    assert all(torch.equal(v, before[k]) for k, v in found.flow.state_dict().items())
 
 
 def test_the_surprise_map_is_the_sum_of_the_resized_opinions() -> None:
-    model = trained()
-    output = model.forward_features(levels(2, 1))
-    maps = score_maps(output.latents, 32, surprise=output.surprise).surprise
+    found = trained()
+    maps = found.judge(levels(2, 1)).maps
     total = sum(
-        F.interpolate(s[:, None], size=(32, 32), mode="bilinear", align_corners=True)[:, 0] for s in output.surprise
+        F.interpolate(s[:, None], size=(32, 32), mode="bilinear", align_corners=True)[:, 0] for s in maps.opinions()
     )
-    torch.testing.assert_close(maps, total)
-    plain = score_maps(output.latents, 32)
-    torch.testing.assert_close(plain.surprise, plain.likelihood)
+    torch.testing.assert_close(maps.surprise, total)
 
 
-def test_a_checkpoint_brings_its_memory_whatever_its_size() -> None:
-    model = trained()
-    fresh = VQFlow(ModelConfig(**SMALL, quantize_enable=True, memory=9, concat_pos=True, mixed_gaussian=True), CHANNELS)  # type: ignore[arg-type]
-    load_strictly(fresh, model.state_dict(), "file.pt")
-    asked = levels(2, 1)
-    for a, b in zip(fresh.eval().forward_features(asked).surprise, model.forward_features(asked).surprise, strict=True):
-        torch.testing.assert_close(a, b)
-    narrow = model.state_dict() | {"memory.vectors_1": torch.zeros(4, 64, 3)}
-    with pytest.raises(UsageError, match=r"memory\.vectors_1"):
-        load_strictly(fresh, narrow, "file.pt")
+def test_published_scores_do_not_search_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = trained()
+    searched: list[int] = []
+    found.scorer.memory.register_forward_hook(lambda *_: searched.append(1))  # type: ignore[union-attr]
+    maps = found.judge(levels(2, 1)).maps
+    assert maps.mul.shape == maps.add.shape == maps.likelihood.shape == (2, 32, 32)
+    assert not searched
+    assert maps.surprise.shape == maps.contrast.shape and len(searched) == 1
+
+
+def test_a_rule_survives_a_checkpoint() -> None:
+    rule = ScoreRule(views=VIEWS[:2], nearest=5, flow_weight=0.5, level_share=0.2, level_weight=0.7, level_limit=1.0)
+    assert ScoreRule.of(rule.plain()) == rule
+    scorer = Scorer(channels=CHANNELS, memory=True, rule=rule)
+    assert scorer.weights == pytest.approx([w / 5.5 for w in (0.5, 0.5, 0.5, 2.0, 2.0)])
+    maps = ScoreMaps([torch.zeros(1, 1, 4, 4)] * 3, 4, opinions=lambda: [torch.full((1, 4, 4), 3.0)], rule=rule)
+    torch.testing.assert_close(maps.contrast, torch.full((1, 4, 4), 3.0 - 0.7))
 
 
 # --- which images calibrate
@@ -160,7 +265,7 @@ def test_a_checkpoint_brings_its_memory_whatever_its_size() -> None:
 def folder_of(counts: tuple[int, ...]) -> ImageFolder:
     names = [(c, n) for c, count in enumerate(counts) for n in range(count)]
     items = [
-        Item(path=f"{c}_{n}.png", mask_path=None, label=0, class_index=c, kind="good")  # type: ignore[arg-type]
+        Item(path=f"{c}_{n}.png", mask_path=None, label=0, class_index=c, kind="good", name=f"{n}")  # type: ignore[arg-type]
         for c, n in names
     ]
     return ImageFolder(items, 32)

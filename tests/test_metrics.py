@@ -111,8 +111,8 @@ def test_memory_is_bounded() -> None:
         masks = rng.random((8, 256, 256)) > 0.98
         accumulator.update(labels=np.ones(8), scores=np.ones(8), masks=masks, maps=rng.random(masks.shape).astype("f"))
     accumulator.compute()
-    assert len(accumulator.negative.atoms()[0]) < 12 * sketch.RESOLUTION
-    assert len(accumulator.found.atoms()[0]) <= sketch.BUFFER
+    assert len(accumulator.negative.cumulative()[0]) < 12 * sketch.RESOLUTION
+    assert len(accumulator.found.cumulative()[0]) <= sketch.BUFFER
 
 
 @settings(max_examples=20, deadline=None)

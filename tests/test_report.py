@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from default import make_config, to_dict
 from fake_data import METHOD, TINY, make_mvtec
@@ -19,10 +18,19 @@ from main import main
 from utils.metrics import NAN, ClassResult, Curve, evaluate_maps
 from utils.report import gallery
 from utils.report.charts import thinned
-from utils.report.gallery import Calibration, ImageResult, Views, calibrate, f1_threshold, jpeg, outline, pick, spread
+from utils.report.gallery import (
+    ImageResult,
+    NormalRange,
+    Views,
+    f1_threshold,
+    jpeg,
+    normal_range,
+    outline,
+    pick,
+    spread,
+)
 from utils.report.page import ClassPage, Curves, Report, class_page, concept_matrix, write_report
 from utils.report.plots import heat_overlay
-from utils.scoring import ScoreMaps
 
 CLASSES = ("clean", "nut & bolt", "unmasked")  # the first one has no defects, the third one no masks
 
@@ -108,11 +116,10 @@ def test_no_report(data: Path, tmp_path: Path) -> None:
 def noise(numbers: Any) -> Views:
     """Pictures that do not compress."""
     rng, count, side = np.random.default_rng(numbers[0]), len(numbers), gallery.SIDE
-    maps = torch.from_numpy(rng.normal(size=(count, side, side)))
+    maps = rng.normal(size=(count, side, side))
     return Views(
-        images=rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8), masks=maps.numpy() > 2.5,
-        maps=ScoreMaps(mul=maps, add=maps, likelihood=maps, surprise=maps, contrast=maps), absolute="likelihood",
-        scores=rng.normal(size=count),
+        images=rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8), masks=maps > 2.5,
+        heat=maps, pixel=maps, scores=rng.normal(size=count),
     )  # fmt: skip
 
 
@@ -123,7 +130,7 @@ def page_of_noise(share: int) -> ClassPage:
     curve = Curve(x=np.linspace(0, 1, 5), y=np.linspace(0, 1, 5))
     return class_page(
         result=ClassResult(**dict.fromkeys(ClassResult.__dataclass_fields__, 0.5)), curves=Curves(roc=curve, pro=curve),
-        images=images, calibration=calibrate(noise, range(40)), look=noise, share=share,
+        images=images, normal=normal_range(noise, range(40)), look=noise, share=share,
     )  # fmt: skip
 
 
@@ -154,7 +161,7 @@ def test_concepts_are_counted_and_many_are_cut() -> None:
 def test_a_clean_image_stays_grey() -> None:
     """What lies below the high end of normal has no colour, whatever the image's own maximum is."""
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    normal = Calibration(low=2.0, high=4.0, threshold=0.0, count=1)
+    normal = NormalRange(low=2.0, high=4.0, threshold=0.0, count=1)
     maps = np.linspace(0, 4, 64).reshape(8, 8)
     clean = heat_overlay(image, normal.scaled(maps) - 1)
     assert (clean == clean[..., :1]).all()
@@ -241,7 +248,7 @@ def test_browser_shows_every_image_without_errors(browser: Any, trained: Path) -
     widths = ask(browser, "[...document.images].map(i => i.complete && i.naturalWidth)")
     assert len(widths) == 2 * 21 and min(widths) == 64
     charts = ask(browser, "[...document.querySelectorAll('.chart > svg')].map(s => s.getBoundingClientRect().height)")
-    assert len(charts) == 2 + 3 + 9 + 5 and min(charts) > 80
+    assert len(charts) == 2 + 3 + 10 + 5 and min(charts) > 80
 
 
 def test_browser_sorts(browser: Any, trained: Path) -> None:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from default import TrainConfig
+from models.scorer import ScoreMaps, image_scores
 from utils.run.schedule import learning_rate
-from utils.scoring import image_scores, score_maps
 
 
 def resize_by_hand(a: np.ndarray, size: int) -> np.ndarray:
@@ -32,7 +32,7 @@ def test_maps_by_hand() -> None:
     torch.manual_seed(0)
     latents = [torch.randn(2, 3, 6, 6).double(), torch.randn(2, 4, 3, 3).double(), torch.randn(2, 5, 2, 2).double()]
     local = [torch.randn(2, *z.shape[2:]).double() for z in latents]
-    maps = score_maps([z.float() for z in latents], 8, [j.float() for j in local])
+    maps = ScoreMaps([z.float() for z in latents], 8, [j.float() for j in local])
     for b in range(2):
         levels = [-0.5 * (z[b].numpy() ** 2).mean(0) for z in latents]
         product = sum(resize_by_hand(a, 8) for a in levels)
@@ -51,7 +51,7 @@ def test_contrast_takes_a_part_of_the_level_of_normal_images_off(height: float) 
     torch.manual_seed(0)
     opinions = [torch.rand(2, 10, 10)]
     opinions[0][1] *= height
-    maps = score_maps([torch.zeros(2, 1, 10, 10)] * 3, 10, surprise=opinions)
+    maps = ScoreMaps([torch.zeros(2, 1, 10, 10)] * 3, 10, opinions=lambda: opinions)
     level = min(float(opinions[0][1].max()), 2.5)  # one pixel in a hundred
     torch.testing.assert_close(maps.contrast[1], maps.surprise[1] - 0.3 * level)
     torch.testing.assert_close(maps.surprise, opinions[0])
@@ -61,7 +61,7 @@ def test_likelihood_is_absolute_and_the_published_maps_are_not() -> None:
     torch.manual_seed(0)
     quiet = [torch.randn(1, 4, 8, 8) * 0.1 for _ in range(3)]
     loud = [z * 20 for z in quiet]
-    a, b = score_maps(quiet, 16), score_maps(loud, 16)
+    a, b = ScoreMaps(quiet, 16), ScoreMaps(loud, 16)
     assert b.likelihood.min() > a.likelihood.max() - 1e-3
     assert a.mul.min() == b.mul.min() == 0
 

@@ -14,11 +14,12 @@ from datasets.features import FeatureBatch
 from default import ModelConfig, TrainConfig, UsageError
 from fake_data import METHOD, TINY, make_mvtec
 from main import main
+from models.codebook import Codebook
 from models.flow import Permutation
 from models.loss import loss_terms
 from models.vqflow import VQFlow
 from train import train_epoch
-from utils.run.device import autocast, check_compiler, has_bfloat16
+from utils.run.device import autocast, check_compiler, exact_products, has_bfloat16
 from utils.run.profile import traced
 from utils.run.seed import seed_everything
 
@@ -43,7 +44,7 @@ def features(batch: int = 3, seed: int = 1, dtype: torch.dtype = torch.float32) 
 
 def outcome(model: VQFlow, pooled: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Loss, latents and all gradients of one step."""
-    output = model.forward_pooled(pooled)
+    output = model(pooled)
     loss = loss_terms(output, 1.0).total
     loss.backward()
     values = {f"latent {i}": z.detach() for i, z in enumerate(output.latents)} | {"loss": loss.detach()}
@@ -112,7 +113,7 @@ def test_checkpoints_do_not_depend_on_the_layout(tmp_path: Path) -> None:
 
 
 def test_permutation_and_its_gradient() -> None:
-    order = torch.randperm(5)
+    order = torch.tensor([2, 0, 3, 4, 1])  # not its own inverse
     x = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.equal(Permutation.apply(x, order), x[:, order])
     assert torch.autograd.gradcheck(lambda v: Permutation.apply(v, order), x)
@@ -153,13 +154,13 @@ def test_a_last_smaller_group_is_a_step_of_its_own_mean() -> None:
 def test_bfloat16_keeps_sums_and_determinants_in_float32() -> None:
     model, exact = build(), build()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model.forward_pooled(features())
+        output = model(features())
     assert {z.dtype for z in output.latents} == {torch.float32}
     assert {output.log_det.dtype, output.commitment.dtype, output.nll.dtype} == {torch.float32}
     assert {j.dtype for j in output.local_log_det} == {torch.float32}
     loss_terms(output, 1.0).total.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    torch.testing.assert_close(output.nll, exact.forward_pooled(features()).nll, rtol=0.05, atol=1.0)
+    torch.testing.assert_close(output.nll, exact(features()).nll, rtol=0.05, atol=1.0)
 
 
 def test_autocast_only_where_it_is_native() -> None:
@@ -215,3 +216,22 @@ def test_all_at_once_on_the_command_line(tmp_path: Path) -> None:
     extra = ["--profile", "1", "--accumulate", "2", "--checkpoint-activations", "--amp-enable", "--cache", "ram"]
     assert main([*argv, *extra, *(["--compile"] if shutil.which("g++") else [])]) == 0
     assert len(list(tmp_path.glob("folder-*/trace.json"))) == 1
+
+
+def test_what_is_nearest_is_sought_in_full_precision() -> None:
+    """Neither TensorFloat-32 nor bfloat16: both have too few bits to tell distances apart."""
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    matmul.allow_tf32 = True
+    try:
+        with exact_products(torch.device("cuda")):
+            assert not matmul.allow_tf32
+        assert matmul.allow_tf32
+        with pytest.raises(ZeroDivisionError), exact_products(torch.device("cuda")):
+            raise ZeroDivisionError
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
+    torch.manual_seed(0)
+    book, inputs = Codebook(codes=300, dim=64), torch.randn(500, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(book.nearest(inputs), torch.cdist(inputs.double(), book.embed.double()).argmin(1))

@@ -77,7 +77,7 @@ def test_one_row_a_class_and_the_papers_columns_first(tmp_path: Path) -> None:
     assert float(rows[0]["mad"]) == pytest.approx(0.6)
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "| wood | 100.0 | - | 90.0 | 80.0 | - | - | - | - |" in text
-    assert "P-AUROC, P-AP, P-F1max, AUPRO: not defined for wood, left out of the mean" in text
+    assert "P-AUROC, P-AP, P-F1max, AUPRO: not defined for wood; the mean is over 1 of 2 classes" in text
     assert r"carpet & 90.0 & 60.0" in (tmp_path / "results.tex").read_text(encoding="utf-8")
 
 

@@ -9,9 +9,9 @@ from default import ModelConfig, UsageError
 from models.hierarchy import position_encoding
 from models.loss import loss_terms
 from models.official import load_official
-from models.vqflow import VQFlow, quantization_of
+from models.scorer import ScoreMaps, image_scores
+from models.vqflow import ChannelStatistics, VQFlow, quantization_of
 from utils.run.seed import seed_everything
-from utils.scoring import image_scores, score_maps
 
 CHANNELS = (4, 6, 8, 10)
 SMALL = {"dim_cpc": 8, "k_cpc": 4, "k_cspc": 6, "c_pos_conds": (4,), "parallel_blocks": (1, 2, 1)}
@@ -39,7 +39,7 @@ def features(side: int = 64, batch: int = 3) -> list[torch.Tensor]:
 def test_every_mode_trains_and_reaches_every_parameter(mode: str, concat_pos: bool, mixed: bool) -> None:
     model = build(mode, concat_pos=concat_pos, mixed_gaussian=mixed).train()
     assert quantization_of(model.config).kind == mode
-    output = model.forward_features(features())
+    output = model(model.keep(features()))
     loss_terms(output, 1.0).total.backward()
     without = [
         n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)
@@ -54,7 +54,7 @@ def test_every_mode_trains_and_reaches_every_parameter(mode: str, concat_pos: bo
 @pytest.mark.parametrize("pool", ["avg", "max", "none"])
 def test_odd_sizes_and_pools(side: int, pool: str) -> None:
     model = build(pool_type=pool, concat_pos=True, mixed_gaussian=True).eval()
-    maps = score_maps(model.forward_features(features(side)).latents, side)
+    maps = ScoreMaps(model(model.keep(features(side))).latents, side)
     assert maps.mul.shape == (3, side, side)
     assert torch.isfinite(maps.likelihood).all()
 
@@ -70,35 +70,42 @@ def test_default_condition_has_1088_channels() -> None:
 def test_projected_condition() -> None:
     model = build(concat_pos=True, c_conds=(5, 6, 7))
     assert model.hierarchy.condition_channels == (5, 6, 7, 7)
-    assert model.forward_features(features()).log_det.shape == (3,)
+    assert model(model.keep(features())).log_det.shape == (3,)
+
+
+def counted(batches: list[list[torch.Tensor]]) -> ChannelStatistics:
+    statistics = ChannelStatistics(len(CHANNELS))
+    for batch in batches:
+        statistics.add(batch)
+    return statistics
 
 
 @pytest.mark.parametrize("standardize", [True, False])
 def test_log_det_is_that_of_autograd(standardize: bool) -> None:
     """With the conditions held fixed, log_det is that of the map from pooled features to latents."""
     model = build("residual", concat_pos=True, mixed_gaussian=True).double().eval()
-    pooled = [h.double() for h in model.pool(features(32, 1))]
+    pooled = [h.double() for h in model.keep(features(32, 1))]
     if standardize:
-        model.fit_statistics([[h.repeat(2, 1, 2, 2) * torch.rand_like(h.repeat(2, 1, 2, 2)) for h in pooled]])
+        model.set_statistics(counted([[h.repeat(2, 1, 2, 2) * torch.rand_like(h.repeat(2, 1, 2, 2)) for h in pooled]]))
     fixed = model.hierarchy(model.standardize(pooled))
     model.hierarchy.forward = lambda _: fixed  # type: ignore[method-assign]
     parts = [h.numel() for h in pooled[:3]]
 
     def latents(v: torch.Tensor) -> torch.Tensor:
         levels = [p.reshape(h.shape) for p, h in zip(v.split(parts), pooled, strict=False)]
-        return torch.cat([z.flatten() for z in model.forward_pooled([*levels, pooled[3]]).latents])
+        return torch.cat([z.flatten() for z in model([*levels, pooled[3]]).latents])
 
     start = torch.cat([h.flatten() for h in pooled[:3]])
     expected = torch.linalg.slogdet(torch.autograd.functional.jacobian(latents, start))[1]
-    output = model.forward_pooled(pooled)
+    output = model(pooled)
     torch.testing.assert_close(output.log_det[0], expected)
     torch.testing.assert_close(sum(j.sum((1, 2)) for j in output.local_log_det), output.log_det)
 
 
 def test_statistics_standardize_the_features() -> None:
     model = build()
-    pooled = [[h * 3 + 5 for h in model.pool(features())] for _ in range(3)]
-    model.fit_statistics(pooled)
+    pooled = [[h * 3 + 5 for h in model.keep(features())] for _ in range(3)]
+    model.set_statistics(counted(pooled))
     for h in model.standardize(pooled[0]):
         torch.testing.assert_close(h.mean((0, 2, 3)), torch.zeros(h.shape[1]), atol=1e-5, rtol=0)
         torch.testing.assert_close(h.var((0, 2, 3), unbiased=False), torch.ones(h.shape[1]), atol=1e-4, rtol=0)
@@ -122,7 +129,7 @@ def test_save_and_load_strictly(tmp_path: Path) -> None:
     seed_everything(7)
     other = VQFlow(model.config, CHANNELS).eval()
     other.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True))
-    assert torch.equal(other.forward_features(features()).log_det, model.forward_features(features()).log_det)
+    assert torch.equal(other(other.keep(features())).log_det, model(model.keep(features())).log_det)
 
 
 def steps(model: VQFlow, count: int = 5) -> list[float]:
@@ -130,7 +137,7 @@ def steps(model: VQFlow, count: int = 5) -> list[float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(count):
-        terms = loss_terms(model.forward_features(features()), 1.0)
+        terms = loss_terms(model(model.keep(features())), 1.0)
         optimizer.zero_grad()
         terms.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
@@ -163,8 +170,8 @@ def test_parity_with_the_released_model(name: str, parity: Path) -> None:
     record = torch.load(parity / f"{name}.pt", weights_only=True)
     model = load_official(record["checkpoint"], record["config"], record["channels"])
     with torch.no_grad():
-        output = model.forward_features(record["features"])
-    maps, expected = score_maps(output.latents, record["config"]["input_size"]), record["eval"]
+        output = model(model.keep(record["features"]))
+    maps, expected = ScoreMaps(output.latents, record["config"]["input_size"]), record["eval"]
     pairs = [*zip(output.latents, expected["z"], strict=True), (output.log_det, expected["log_det"])]
     pairs += [(output.commitment, expected["commitment"]), (output.nll, expected["nll_per_image"])]
     pairs += [(maps.add, expected["map_add"]), (maps.mul, expected["map_mul"])]
@@ -175,7 +182,7 @@ def test_parity_with_the_released_model(name: str, parity: Path) -> None:
     model = load_official(record["checkpoint"], record["config"], record["channels"]).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     for loss, tolerance in zip(record["train"]["losses"], (1e-4, 1e-2, 1e-2), strict=True):
-        terms = loss_terms(model.forward_features(record["features"]), record["config"]["quantize_weight"])
+        terms = loss_terms(model(model.keep(record["features"])), record["config"]["quantize_weight"])
         assert terms.total.item() == pytest.approx(loss, rel=tolerance)
         optimizer.zero_grad()
         terms.total.backward()

@@ -64,11 +64,6 @@ class RankSketch:
         self._flush()
         return self._keys, self._total
 
-    def atoms(self) -> tuple[Tensor, Tensor]:
-        """Descending distinct scores (K,) and the mass at each (K, columns), float64."""
-        keys, total = self.cumulative()
-        return -keys, torch.diff(total, dim=0, prepend=torch.zeros_like(total[:1]))
-
     def _flush(self) -> None:
         """Count what is pending."""
         if not self._pending:

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from utils.metrics import NAN
 from utils.report.plots import heat_overlay
-from utils.scoring import ScoreMaps
 
-CALIBRATION_IMAGES = 32  # normal training images per class
+NORMAL_IMAGES = 32  # per class
 PER_KIND = 3  # pictures per class of false alarms, of misses and of finds
 KINDS = ("alarms", "misses", "finds")
 QUANTILE = 0.99  # of the image scores of normal training images: the label-free threshold
@@ -25,46 +24,43 @@ PIXEL_QUANTILE = 0.999  # of the pixel scores of normal training images: 1 on th
 HOT = 2.5  # value of the hottest colour; colour begins at 1
 SIDE = 320  # of a picture, in pixels
 BYTES = 6_500_000  # of all pictures of a report; base64 makes 8.7 MB of them
-SAMPLED = 128  # a map's pixels that calibration looks at, per side
+SAMPLED = 128  # a map's pixels that are looked at, per side
 MOST_OUTLINES = 100  # of one mask, the largest ones
 CHUNK = 16  # images looked at together
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageResult:
-    """One test image: its file, class, label, image score, and concept (None without codebooks)."""
+    """One test image: its file, class, label, image score, concept (None without codebooks), and what was decided:
+    p-value, threshold and verdict (None without thresholds)."""
 
     path: str
     class_name: str
     label: int
     score: float
     concept: int | None
+    p_value: float | None = None
+    threshold: float | None = None
+    defective: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Some images: RGB `images` (N, S, S, 3) uint8, `masks` (N, S, S) bool, `maps` (N, S, S), `scores` (N,) float.
-
-    `absolute` names the map that images can be compared by.
-    """
+    """Some images: RGB `images` (N, S, S, 3) uint8, `masks` (N, M, M) bool, image `scores` (N,) float, and two score
+    maps (N, M, M): `heat`, which heat maps show, by which images can be compared, and `pixel`, of the pixel metrics."""
 
     images: NDArray[np.uint8]
     masks: NDArray[np.bool_]
-    maps: ScoreMaps
-    absolute: str
+    heat: NDArray
+    pixel: NDArray
     scores: NDArray
-
-    @property
-    def heat(self) -> NDArray:
-        """(N, S, S): what heat maps show."""
-        return getattr(self.maps, self.absolute).cpu().numpy()
 
 
 Look = Callable[[Sequence[int]], Views]  # numbers of images in a data set
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
+class NormalRange:
     """What is normal in a class, from `count` of its training images: `low` and `high`, the median and the
     `PIXEL_QUANTILE` of the pixel scores, and `threshold`, the `QUANTILE` of the image scores."""
 
@@ -102,18 +98,18 @@ def spread(numbers: Sequence[int], most: int) -> list[int]:
     return [numbers[i * len(numbers) // count] for i in range(count)]
 
 
-def calibrate(look: Look, numbers: Sequence[int]) -> Calibration:
+def normal_range(look: Look, numbers: Sequence[int]) -> NormalRange:
     """Look at (a subset of) a class's normal training images."""
-    chosen = spread(numbers, CALIBRATION_IMAGES)
+    chosen = spread(numbers, NORMAL_IMAGES)
     pixels, scores = [], []
     for chunk in chunks(chosen):
         views = look(chunk)
-        step = max(1, views.images.shape[1] // SAMPLED)
+        step = max(1, views.heat.shape[1] // SAMPLED)
         pixels.append(views.heat[:, ::step, ::step].flatten())
         scores.append(views.scores)
     low, high = np.quantile(np.concatenate(pixels), (0.5, PIXEL_QUANTILE))
     threshold = float(np.quantile(np.concatenate(scores), QUANTILE))
-    return Calibration(low=float(low), high=float(high), threshold=threshold, count=len(chosen))
+    return NormalRange(low=float(low), high=float(high), threshold=threshold, count=len(chosen))
 
 
 def pick(labels: Sequence[int], scores: Sequence[float]) -> dict[str, list[int]]:
@@ -135,13 +131,13 @@ def f1_threshold(good: Sequence[float], bad: Sequence[float]) -> float:
     return float(candidates[(2 * found / (found + alarms + len(bad))).argmax()])
 
 
-def take_pictures(look: Look, images: Mapping[int, ImageResult], calibration: Calibration, share: int) -> list[Picture]:
+def take_pictures(look: Look, images: Mapping[int, ImageResult], normal: NormalRange, share: int) -> list[Picture]:
     """Pictures of images by their numbers in the data set; `share` is the number of classes that share `BYTES`."""
     most = BYTES // (share * len(KINDS) * PER_KIND * 2)
     pictures: list[Picture] = []
     for chunk in chunks(list(images)):
         views = look(chunk)
-        levels = (calibration.scaled(views.heat) - 1) / (HOT - 1)
+        levels = (normal.scaled(views.heat) - 1) / (HOT - 1)
         for number, image, mask, level in zip(chunk, views.images, views.masks, levels, strict=True):
             pictures.append(Picture(
                 name="/".join(Path(images[number].path).parts[-2:]), score=images[number].score, side=len(mask),

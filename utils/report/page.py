@@ -12,14 +12,15 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from default import ABSOLUTE
 from utils.metrics import METRICS, NAN, ClassAccumulator, ClassResult, Curve, mean_results
 from utils.report import gallery
 from utils.report.charts import SERIES, Points, histogram, line_chart, series_dash, thinned
-from utils.report.gallery import Calibration, ImageResult, Look, Picture, f1_threshold, pick, take_pictures
+from utils.report.gallery import ImageResult, Look, NormalRange, Picture, f1_threshold, pick, take_pictures
 from utils.report.plots import ramp
 from utils.report.tables import COLUMNS, MEAN, TITLES, percent, values
 from utils.run.log import read_lines
-from utils.scoring import ABSOLUTE
+from utils.run.text import printable
 
 PAGE = Path(__file__).parent / "templates"
 MOST_CONCEPTS = 64  # columns of the concept matrix
@@ -48,7 +49,7 @@ class ClassPage:
     result: ClassResult
     images: Sequence[ImageResult]
     curves: Curves
-    calibration: Calibration
+    normal: NormalRange
     pictures: Mapping[str, Sequence[Picture]]
 
 
@@ -78,7 +79,7 @@ def curves_of(accumulator: ClassAccumulator) -> Curves:
 
 
 def class_page(
-    *, result: ClassResult, curves: Curves, images: Mapping[int, ImageResult], calibration: Calibration, look: Look,
+    *, result: ClassResult, curves: Curves, images: Mapping[int, ImageResult], normal: NormalRange, look: Look,
     share: int,
 ) -> ClassPage:  # fmt: skip
     """Choose a class's pictures and take them.
@@ -90,10 +91,8 @@ def class_page(
     numbers = list(images)
     places = pick([i.label for i in images.values()], [i.score for i in images.values()])
     chosen = {kind: {numbers[i]: images[numbers[i]] for i in found} for kind, found in places.items()}
-    pictures = {kind: take_pictures(look, found, calibration, share) for kind, found in chosen.items()}
-    return ClassPage(
-        result=result, images=tuple(images.values()), curves=curves, calibration=calibration, pictures=pictures
-    )
+    pictures = {kind: take_pictures(look, found, normal, share) for kind, found in chosen.items()}
+    return ClassPage(result=result, images=tuple(images.values()), curves=curves, normal=normal, pictures=pictures)
 
 
 def report_run(
@@ -123,8 +122,8 @@ def write_report(path: Path, report: Report) -> None:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters |= {"percent": percent, "number": number, "jpeg": data_uri}
-    text = environment.get_template("report.html").render(content(report))
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    page = environment.get_template("report.html").render(content(report))
+    path.write_text(printable(page), encoding="utf-8")
 
 
 def content(report: Report) -> dict[str, Any]:
@@ -146,7 +145,7 @@ def content(report: Report) -> dict[str, Any]:
         "scale": {"hot": gallery.HOT, "quantile": gallery.PIXEL_QUANTILE, "stops": ramp()[::51].tolist()},
         "holdout": report.config["data"]["holdout"], "pixel_score": report.config["eval"]["pixel_score"],
         "absolute": ABSOLUTE,
-        "quantile": gallery.QUANTILE, "calibrated": max(p.calibration.count for p in report.classes.values()),
+        "quantile": gallery.QUANTILE, "looked_at": max(p.normal.count for p in report.classes.values()),
     }  # fmt: skip
 
 
@@ -187,10 +186,10 @@ def class_rows(classes: Mapping[str, ClassPage]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def missing(results: Mapping[str, ClassResult]) -> list[tuple[str, str]]:
-    """Metrics that some classes do not have, and those classes' names."""
+def missing(results: Mapping[str, ClassResult]) -> list[tuple[str, str, int]]:
+    """Metrics that some classes do not have, those classes' names, and how many classes are left for the mean."""
     gaps = [(TITLES[m], [n for n, r in results.items() if getattr(r, m) != getattr(r, m)]) for m in METRICS]
-    return [(title, ", ".join(names)) for title, names in gaps if names]
+    return [(title, ", ".join(names), len(results) - len(names)) for title, names in gaps if names]
 
 
 def curve_charts(report: Report) -> dict[str, Markup]:
@@ -211,7 +210,7 @@ def histograms(classes: Mapping[str, ClassPage]) -> list[dict[str, Any]]:
     made = []
     for name, page in classes.items():
         good, bad = ([i.score for i in page.images if bool(i.label) == label] for label in (False, True))
-        threshold, best = page.calibration.threshold, f1_threshold(good, bad)
+        threshold, best = page.normal.threshold, f1_threshold(good, bad)
         chart = Markup(histogram(good, bad, ((threshold, "-"), (best, ":"))))
         made.append({
             "name": name, "chart": chart, "threshold": threshold, "best": best, "good": len(good), "bad": len(bad),
@@ -251,7 +250,8 @@ def training_panels(training: Training) -> list[tuple[str, Markup]]:
     """Loss, learning rate, likelihood of held-out images and every metric over the meta epochs."""
     wanted = [
         ("Loss, nats per image", ("train", "loss")), ("Learning rate", ("train", "lr")),
-        ("Bits per dimension, held-out images", ("held_out", "bits_per_dim")),
+        ("Bits per dimension, training images", ("bits_per_dim", "train")),
+        ("Bits per dimension, held-out images", ("bits_per_dim", "held_out")),
     ]  # fmt: skip
     metrics = [(TITLES[m], ("test", m)) for m in COLUMNS if m in METRICS]
     return panels(training, wanted) + panels(training, metrics, factor=100)

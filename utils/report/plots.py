@@ -16,10 +16,19 @@ def heat(scores: NDArray, low: float, high: float) -> NDArray[np.uint8]:
     return cv2.cvtColor(coloured, cv2.COLOR_BGR2RGB).astype(np.uint8)
 
 
+def resized(values: NDArray, image: NDArray, how: int = cv2.INTER_LINEAR) -> NDArray:
+    """A map (h, w) at the size of a picture (H, W, 3)."""
+    return cv2.resize(values, image.shape[1::-1], interpolation=how) if values.shape != image.shape[:2] else values
+
+
 def triptych(
     image: NDArray[np.uint8], scores: NDArray, mask: NDArray[np.bool_], *, low: float, high: float
 ) -> NDArray[np.uint8]:
-    """Image (H, W, 3), score map over the image with the mask's outline, and mask, side by side (H, 3 W + 2 gap, 3)."""
+    """Image (H, W, 3), score map over the image with the mask's outline, and mask, side by side (H, 3 W + 2 gap, 3).
+
+    Scores and mask may have another size.
+    """
+    scores, mask = resized(scores, image), resized(mask.astype(np.uint8), image, cv2.INTER_NEAREST) > 0
     coloured = cv2.addWeighted(image, 0.4, heat(scores, low, high), 0.6, 0)
     outline, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     coloured = cv2.drawContours(np.ascontiguousarray(coloured), outline, -1, (255, 255, 255), 1)
@@ -42,12 +51,12 @@ def ramp() -> NDArray[np.uint8]:
 
 
 def heat_overlay(image: NDArray[np.uint8], scaled: NDArray) -> NDArray[np.uint8]:
-    """An RGB image (H, W, 3) in grey, coloured where `scaled` (H, W) is above 0; 1 and above is the hottest colour.
+    """An RGB image (H, W, 3) in grey, coloured where `scaled` (h, w) is above 0; 1 and above is the hottest colour.
 
     A clean image stays grey: what is not above 0 has no colour at all.
     """
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB).astype(float)
-    level = np.clip(scaled, 0, 1)
+    level = np.clip(resized(scaled, image), 0, 1)
     opacity = 0.85 * level[..., None] ** 0.6
     colours = ramp()[(level * 255).round().astype(int)]
     return (grey * (1 - opacity) + colours * opacity).round().astype(np.uint8)

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from default import Config, to_dict
+from default import CALIBRATED, Config, to_dict
 from utils.metrics import METRICS, NAN, ClassResult, mean_results, nanmean
 from utils.metrics.bootstrap import Intervals
 from utils.metrics.concepts import Agreement
+from utils.metrics.decisions import Decided
 from utils.metrics.published import class_rows, comparison_rows
 from utils.report.tables import (
     BEST,
@@ -29,6 +30,7 @@ from utils.report.tables import (
     write_all,
 )  # fmt: skip
 from utils.run.log import plain
+from utils.run.text import printable
 
 OURS = "this run"
 Best = Mapping[str, Mapping[str, float]]
@@ -38,12 +40,13 @@ Best = Mapping[str, Mapping[str, float]]
 class Results:
     """Of a run: each class's metrics, each metric's best mean on the test set over all evaluations with its epoch
     (None where there was one evaluation), intervals if wanted, the concepts' agreement with the classes (None without
-    concepts or with one class) and the configuration."""
+    concepts or with one class), how the thresholds did (None without any) and the configuration."""
 
     classes: Mapping[str, ClassResult]
     best_on_test: Best | None
     intervals: Intervals | None
     concepts: Agreement | None = None
+    decided: Decided | None = None
     config: Config
 
     @property
@@ -138,6 +141,10 @@ def notes_of(results: Results) -> list[str]:
         f"scores: image metrics from {config.eval.image_score}, pixel metrics from {config.eval.pixel_score}, AUPRO "
         f"from {config.eval.pro_score}; maps and masks at {config.score_size} x {config.score_size}; {made}"
     ]
+    if not config.data.holdout and set(scores_of(config).values()) & set(CALIBRATED):
+        notes.append("units from images that were trained on (no --holdout): unseen normal images look stranger")
+    if results.decided:
+        notes.append(str(results.decided))
     if found := results.concepts:
         notes.append(
             f"concepts: {found.used} of {config.model.k_cpc} used on the test images, purity {found.purity:.2f}, "
@@ -149,7 +156,10 @@ def notes_of(results: Results) -> list[str]:
     for metric, names in left_out(results.classes).items():
         groups.setdefault(tuple(names), []).append(TITLES[metric])
     for lacking, titles in groups.items():
-        notes.append(f"{', '.join(titles)}: not defined for {', '.join(lacking)}, left out of the mean")
+        count, total = len(results.classes) - len(lacking), len(results.classes)
+        notes.append(
+            f"{', '.join(titles)}: not defined for {', '.join(lacking)}; the mean is over {count} of {total} classes"
+        )
     if results.intervals:
         notes.append(
             f"in brackets: 95 % intervals, {results.intervals.resamples} resamples of the test images, good and "
@@ -178,6 +188,8 @@ def results_json(results: Results) -> dict[str, Any]:
         "scores": scores_of(results.config),
         "left_out": left_out(results.classes),
     }
+    if results.decided:
+        content["decision"] = results.decided.plain()
     if results.concepts:
         content["concepts"] = asdict(results.concepts)
     if results.intervals:
@@ -208,4 +220,4 @@ def write_results(folder: Path, results: Results) -> str:
         theirs = [(n, {**row, "note": note}) for n, row, note in comparison_rows(results.config.data.dataset)]
         columns = [*(c for c in COLUMNS if c != "mad"), "note"]
         write_all(folder, "published", {"csv": csv_text([ours, *theirs], columns, first="method")})
-    return terminal_page(tables, notes)
+    return printable(terminal_page(tables, notes))

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from default import UsageError
-
-FORMAT = "vqflow-1"
+from utils.run.upgrade import FORMAT, upgraded
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -22,7 +21,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: str | Path, flag: str = "--eval_ckpt") -> dict[str, Any]:
-    """The dictionary in a checkpoint file that `flag` asked for, loaded with weights_only.
+    """The dictionary in a checkpoint file that `flag` asked for, loaded with weights_only, in today's form.
 
     Raises:
         UsageError: no such file, truncated, not a checkpoint, or a pickle with code in it.
@@ -38,7 +37,7 @@ def read_checkpoint(path: str | Path, flag: str = "--eval_ckpt") -> dict[str, An
         raise UsageError(f"{flag}: cannot read {path}: {reason(error)}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{flag}: {path} is not a checkpoint: it holds a {type(content).__name__}")
-    return content
+    return upgraded(content)
 
 
 def load_tensors(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -44,6 +45,21 @@ def autocast(device: torch.device, enabled: bool) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Full single precision: neither bfloat16 nor TensorFloat-32 has the bits to tell which vector is nearest."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    if device.type == "cuda":
+        matmul.allow_tf32 = False
+    try:
+        with full_precision(device):
+            yield
+    finally:
+        if device.type == "cuda":
+            matmul.allow_tf32 = before
+
+
 def check_compiler(device: torch.device) -> None:
     """Raise `UsageError` if PyTorch cannot compile for the device, found out with a tiny function."""
     try:
@@ -52,3 +68,9 @@ def check_compiler(device: torch.device) -> None:
         reason = "a C++ compiler (on PATH, or named by CXX)" if device.type == "cpu" else "a working Triton"
         line = next((row for row in str(error).splitlines() if row.strip()), type(error).__name__)
         raise UsageError(f"--compile: needs {reason}, but failed here: {line[:120]}; leave --compile out") from error
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """No autocast on a device, if there is such a thing on it (there is none on "meta")."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()

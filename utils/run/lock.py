@@ -83,10 +83,18 @@ def seized(path: Path) -> Iterator[tuple[BinaryIO, Hold]]:
     while True:
         with path.open("a+b") as file:
             hold = try_lock(file)
-            if hold is Hold.TAKEN or (path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            if hold is Hold.TAKEN or is_at(file, path):
                 yield file, hold
                 return
         # Its owner was leaving, and took away the file that we had opened.
+
+
+def is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file still lies at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 if sys.platform == "win32":

@@ -1,0 +1,121 @@
+"""Flow and scorer together: features of images in, what they say of the images out. The one scoring path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from default import EvalConfig
+from models.decision import Calibrated, Decision, Verdict, scoring_of
+from models.scorer import ScoreMaps, Scorer, Units, image_scores
+from models.vqflow import VQFlow, VQFlowOutput
+from utils.run.device import autocast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What is said of a batch: the flow's `output`, and `maps` at one size."""
+
+    output: VQFlowOutput
+    maps: ScoreMaps
+
+
+class Detector(nn.Module):
+    """All that judges an image, without the extractor; `decision` is None until there are calibrated thresholds.
+
+    Args:
+        flow: trained, or about to be.
+        scorer: its units and its memory.
+        size: side of score maps.
+        amp: bfloat16 where the device has units for it.
+    """
+
+    def __init__(self, flow: VQFlow, scorer: Scorer, *, size: int, amp: bool = False) -> None:
+        super().__init__()
+        self.flow, self.scorer, self.size, self.amp = flow, scorer, size, amp
+        self.decision: Decision | None = None
+
+    @torch.no_grad()
+    def judge(self, kept: Sequence[Tensor], *, own: bool = True) -> Judgement:
+        """Features as `VQFlow.keep` gives them -> `Judgement`; put it into eval mode first.
+
+        Without `own` an image's own features in the memory do not count (see `Memory.forward`).
+        """
+        with autocast(kept[0].device, self.amp):
+            output = self.flow(kept)
+            opinions = partial(self._opinions, output, kept, own)
+        maps = ScoreMaps(output.latents, self.size, output.local_log_det, opinions, self.scorer.rule)
+        return Judgement(output=output, maps=maps)
+
+    @torch.no_grad()
+    def _opinions(self, output: VQFlowOutput, kept: Sequence[Tensor], own: bool) -> list[Tensor]:
+        return self.scorer.opinions(output, self.flow.standardize(kept), own=own)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Sequence[Tensor]], *, own: bool = True) -> float:
+        """Learn from batches of kept features of normal images, unseen ones at best, what opinions are usual.
+
+        Without `own` they are images that the memory holds, which they must not meet in it.
+
+        Returns their mean negative log-likelihood per dimension, in nats, without the constant 1/2 ln(2 pi).
+        """
+        units, nll = Units(len(self.scorer.weights)), []
+        for kept, output in self._looked_at(batches):
+            units.add(self.scorer.raw_opinions(output, self.flow.standardize(kept), own=own))
+            nll.append(output.nll_per_dim)
+        self.scorer.set_units(units)
+        return float(torch.cat(nll).mean())
+
+    def decide(self, judgement: Judgement, scores: Tensor) -> Verdict:
+        """What follows from image scores (B,) of a batch; there must be a `decision`."""
+        assert self.decision is not None
+        return self.decision(scores, judgement.output.concept)
+
+    @torch.no_grad()
+    def learn_decision(
+        self, batches: Iterable[Sequence[Tensor]], config: EvalConfig, *, own: bool = True, unseen: bool = True
+    ) -> None:
+        """Thresholds from batches of kept features of normal images, after `calibrate`, of other images than that saw.
+
+        Args:
+            config: which scores, and the false-alarm rate.
+            own: as in `calibrate`.
+            unseen: nothing was fitted to the images.
+        """
+        was_training = self.training
+        self.eval()
+        scores: list[float] = []
+        peaks: list[float] = []
+        concepts: list[int] = []
+        for kept in batches:
+            judgement = self.judge(kept, own=own)
+            found = image_scores(getattr(judgement.maps, config.image_score), config.top_k)
+            concept = judgement.output.concept
+            scores += found.tolist()
+            peaks += getattr(judgement.maps, config.shown_score).amax((1, 2)).tolist()
+            concepts += [-1] * len(found) if concept is None else concept.tolist()
+        self.train(was_training)
+        calibrated = Calibrated(
+            scores=tuple(scores), peaks=tuple(peaks), concepts=tuple(concepts), unseen=unseen,
+            scoring=scoring_of(config, self.size),
+        )  # fmt: skip
+        self.decision = Decision(calibrated, config.false_alarm_rate).to(self.scorer.mean.device) if scores else None
+
+    @torch.no_grad()
+    def nll_per_dim(self, batches: Iterable[Sequence[Tensor]]) -> float:
+        """Mean negative log-likelihood per dimension of images, as `calibrate` returns it: in eval mode, no noise."""
+        return float(torch.cat([output.nll_per_dim for _, output in self._looked_at(batches)]).mean())
+
+    def _looked_at(self, batches: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Sequence[Tensor], VQFlowOutput]]:
+        """Each batch with the flow's output in eval mode; afterwards the mode is as it was."""
+        was_training = self.training
+        self.eval()
+        for kept in batches:
+            with autocast(kept[0].device, self.amp):
+                output = self.flow(kept)
+            yield kept, output
+        self.train(was_training)
