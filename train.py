@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import build_datasets, evenly_spread, resolve_classes, split_holdout
+from datasets import are_unseen, build_datasets, evenly_spread, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from datasets.reading import Reading
@@ -355,7 +355,7 @@ def fit_group(
         batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
         return evaluate(detector, batches, group, config.eval)
 
-    supply = supply_of(stage, source, kept, normal if config.data.holdout else None)
+    supply = supply_of(stage, source, kept, normal if are_unseen(kept, normal) else None)
     own = identity(stage, group, kept.readings)
     trainer = Trainer(config, detector, supply=supply, evaluate=evaluation, folder=folder, identity=own)
     return trainer.fit(saved_state(stage, group, folder, kept.readings))
