@@ -373,6 +373,12 @@ class EvalConfig(Part):
     pictures: int = option(4, "pictures per class and kind of defect (image, score map, mask)", binds="free", low=0)
     report: bool = option(True, "write report.html into the run folder", binds="free")
 
+    @property
+    def shown_score(self) -> str:
+        """The map of pictures and report: that of the image score, which explains the verdict, if images can be
+        compared by it, else the pixel score's, else the likelihood."""
+        return next((name for name in (self.image_score, self.pixel_score) if name in ABSOLUTE), "likelihood")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Part):

@@ -25,7 +25,7 @@ from models.memory import Choice, Remembering
 from models.official import load_strictly
 from models.vqflow import ChannelStatistics, VQFlow
 from stage import Source, Stage, load_scorer
-from test import EvalResult, evaluate, finish, report_pages, save_pictures
+from test import EvalResult, evaluate, finish, pictured, present
 from utils.report.page import ClassPage
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
 from utils.run.device import autocast
@@ -330,9 +330,9 @@ def run_training(config: Config) -> Path:
                 fitted = fit_group(stage, detector, group, source, (kept, normal, test_set), own)
             parts.append(fitted.last)
             best = fitted.best_on_test if config.data.multi_class else None
-            save_pictures(stage, detector, test_set, group, folder / "pictures")
-            pages |= report_pages(stage, detector, (normal, test_set), fitted.last, len(class_names))
-        finish(folder, config, parts, best, pages)
+            sets = (kept, normal, test_set)
+            pages |= present(stage, detector, sets, fitted.last, folder / "pictures", len(class_names))
+        finish(folder, config, parts, best, pages, unseen=all(are_unseen(*split) for split in splits))
     return folder
 
 
@@ -349,11 +349,11 @@ def fit_group(
     `others` are the training images, the normal images that calibrate, and the test images.
     """
     config, (kept, normal, test_set) = stage.config, others
-    test_source = stage.ordered_features(test_set)
+    test_source, wanted = stage.ordered_features(test_set), pictured(test_set, config.eval)
 
     def evaluation(detector: Detector) -> EvalResult:
         batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
-        return evaluate(detector, batches, group, config.eval)
+        return evaluate(detector, batches, group, config.eval, wanted=wanted)
 
     supply = supply_of(stage, source, kept, normal if are_unseen(kept, normal) else None)
     own = identity(stage, group, kept.readings)

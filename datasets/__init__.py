@@ -71,7 +71,9 @@ def build_datasets(
     mask_size: int | None = None,
     readings: Mapping[str, Reading] | None = None,
 ) -> tuple[ImageFolder, ImageFolder]:
-    """Normal images (see `split_holdout`) and test images of the classes, in order; the latter with masks at `mask_size`.
+    """Normal images (see `split_holdout`) and test images of the classes, in deterministic order.
+
+    The latter have masks at `mask_size`.
 
     Everything that can be known of images and masks beforehand is checked, and lines say what there is. `readings`
     say by class how a model reads its images; without them that is decided from the training images.

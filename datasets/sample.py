@@ -1,8 +1,8 @@
 """The built-in sample: crops of pictures that scikit-image ships, with drawn defects, in MVTec layout.
 
 A demonstration that needs no download, not a benchmark: the defects are drawn, and a class is one picture. Crops to
-train on, to calibrate with and to test come from disjoint parts of it. Every image follows from a seed of its own. Drawings are exact: a mask
-holds the pixels that differ from the undrawn crop, all of them and no other.
+train on, to calibrate with and to test come from disjoint parts of it. Every image follows from a seed of its own.
+Drawings are exact: a mask holds the pixels that differ from the undrawn crop, all of them and no other.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The one walk through folders of images.
 
 MVTec layout: CLASS/train/good/*, CLASS/test/KIND/*, CLASS/ground_truth/KIND/NAME_mask.png, and normal images that are
-not trained on in CLASS/validation/good/* (MVTec AD 2, MVTec LOCO) or CLASS/calibration/good/*; each of these folders may
-hold nested ones.
+not trained on in CLASS/validation/good/* (MVTec AD 2, MVTec LOCO) or CLASS/calibration/good/*; each of these folders
+may hold nested ones.
 """
 
 from __future__ import annotations
