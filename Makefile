@@ -1,11 +1,12 @@
 # Everything runs in .venv; `make demo` and `make test` set it up themselves.
 PYTHON ?= python3
 ifeq ($(OS),Windows_NT)
-BIN := .venv/Scripts
+BIN := Scripts
 else
-BIN := .venv/bin
+BIN := bin
 endif
-PY := $(BIN)/python
+PY := .venv/$(BIN)/python
+FLOORS := .venv-floors/$(BIN)/python
 
 # More flags for the paper's tables, the last one of a kind counts: make ablation ARGS="--preset cpu --seeds 1 2 3"
 ARGS ?=
@@ -13,13 +14,14 @@ ABLATION_DIR ?= work_dirs/ablation
 ABLATION = $(PY) main.py --preset paper-mvtec --resume $(ARGS) --work-dir $(ABLATION_DIR)
 ABLATION_RUNS = $(foreach name,plain cpc cpc-naive cpc-residual cpc-residual-pos cpc-residual-pos-mixed,$(ABLATION_DIR)/$(name)-seed[0-9]*)
 
-.PHONY: help setup demo paper-mvtec paper-visa ablation benchmark-metrics test lint types check clean
+.PHONY: help setup demo paper-mvtec paper-visa ablation benchmark-metrics test test-floors lint types check clean
 
 help:
 	@echo "make demo    train and evaluate on the built-in sample (about 3 minutes on 2 cores once installed)"
 	@echo "make paper-mvtec, make paper-visa, make ablation    train, evaluate and write a table of the paper;"
 	@echo "             flags in ARGS, for example ARGS='--seeds 1 2 3'"
 	@echo "make test    run the test suite"
+	@echo "make test-floors    the suite with the oldest releases that pyproject.toml allows, in .venv-floors (some GB)"
 	@echo "make setup   virtual environment and dependencies only"
 	@echo "make lint    ruff;  make types: mypy;  make check: lint, types and tests"
 
@@ -55,7 +57,18 @@ benchmark-metrics: setup
 	$(PY) benchmarks/metrics.py
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
+
+# Needs a Python that the oldest releases were built for, 3.10 to 3.12: make test-floors PYTHON=python3.10
+test-floors: .venv-floors/ready
+	$(FLOORS) -m pytest
+
+.venv-floors/ready: pyproject.toml .ci/floors.py
+	$(PYTHON) -m venv .venv-floors
+	$(FLOORS) -m pip install --quiet --no-deps -e .
+	$(FLOORS) .ci/floors.py > .venv-floors/floors.txt
+	$(FLOORS) -m pip install --quiet -r .venv-floors/floors.txt
+	@echo ready > .venv-floors/ready
 
 lint: setup
 	$(PY) -m ruff check .
@@ -67,4 +80,4 @@ types: setup
 check: lint types test
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-floors build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -344,6 +344,13 @@ class EvalConfig(Part):
     image_score: str = option("mul", "map that image metrics are made of", binds="run", choices=SCORES)
     pixel_score: str = option("add", "map that pixel metrics are made of", binds="run", choices=SCORES)
     pro_score: str = option("mul", "map that AUPRO is made of", binds="run", choices=SCORES)
+    false_alarm_rate: float = option(
+        0.01,
+        "share of normal images that may be called defective, and of those on which any pixel is marked",
+        binds="run",
+        low=1e-6,
+        high=0.5,
+    )
     top_k: float = option(
         0.03, "share of the highest pixels whose mean is the image score", binds="run", low=1e-6, high=1.0
     )
@@ -375,8 +382,8 @@ class EvalConfig(Part):
 
     @property
     def shown_score(self) -> str:
-        """The map of pictures and report: that of the image score, which explains the verdict, if images can be
-        compared by it, else the pixel score's, else the likelihood."""
+        """The map that is shown and thresholded: the image score's own, which explains a verdict, or the pixel score's,
+        whichever images can be compared by, else the likelihood."""
         return next((name for name in (self.image_score, self.pixel_score) if name in ABSOLUTE), "likelihood")
 
 

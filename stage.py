@@ -33,6 +33,7 @@ from default import (
     shown,
     to_dict,
 )
+from models.decision import Calibrated, Decision, scoring_of
 from models.detector import Detector
 from models.extractor import IMAGENET, FrozenExtractor, Normalization
 from models.official import is_official, load_official, load_strictly
@@ -282,7 +283,29 @@ def load_detector(content: dict[str, Any], stage: Stage, name: str) -> Detector:
         load_strictly(flow, content["model"], name)
         detector = stage.build_detector(flow, load_scorer(content, config.model, stage.extractor.channels, name))
     refuse_unknown_units(detector, config.eval, name)
-    return detector.eval()
+    detector.decision = load_decision(content, config, name)
+    return detector.to(stage.device).eval()
+
+
+def load_decision(content: dict[str, Any], config: Config, name: str) -> Decision | None:
+    """The thresholds of a checkpoint; None if it has none for the scores that are asked for, with a line that says so.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    stored = content.get("decision")
+    if stored is None:
+        return None
+    try:
+        calibrated = Calibrated.of(stored)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"--eval_ckpt: {name} holds thresholds that this version does not know") from error
+    asked = scoring_of(config.eval, config.score_size)
+    others = [setting for setting, value in asked.items() if calibrated.scoring.get(setting) != value]
+    if others:
+        print(f"{name}: its thresholds are for another {', '.join(others)} than asked for; no verdicts")
+        return None
+    return Decision(calibrated, config.eval.false_alarm_rate)
 
 
 def load_scorer(content: dict[str, Any], config: ModelConfig, channels: Sequence[int], name: str) -> Scorer:

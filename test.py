@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from datasets import are_unseen, build_datasets, present_classes, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
-from datasets.folder import ImageFolder
-from datasets.transforms import to_picture
 from default import Config, EvalConfig, UsageError
-from models.detector import Detector, Judgement
+from models.decision import Verdict
+from models.detector import Detector
 from models.scorer import image_scores
+from show import pictured, present
 from stage import Stage, find_checkpoints, image_readings, load_detector, normalization_of, settled_config
-from utils.metrics import ClassAccumulator, ClassResult, mean_results
+from utils.metrics import ClassAccumulator, mean_results
 from utils.metrics.bootstrap import bootstrap
 from utils.metrics.concepts import agreement
+from utils.metrics.decisions import Decided, Rate
 from utils.metrics.published import comparison_rows
-from utils.report.gallery import Look, Shot, Show, Views, drawn, normal_range
-from utils.report.images import Album, ImageResult, first_of_each
-from utils.report.page import ClassPage, Curves, class_page, curves_of, report_run
-from utils.report.plots import save_picture
+from utils.report.images import Album, EvalResult, ImageResult
+from utils.report.page import ClassPage, curves_of, report_run
 from utils.report.results import Results, write_results
 from utils.run.checkpoint import read_checkpoint
 from utils.run.folders import new_run, write_config
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalResult:
-    """Seven metrics per class and their mean, every image, each class's curves, and the shown maps of some images by
-    their numbers (see `Album`)."""
-
-    classes: dict[str, ClassResult]
-    mean: ClassResult
-    images: tuple[ImageResult, ...]
-    curves: dict[str, Curves]
-    maps: Mapping[int, NDArray]
 
 
 def evaluate(
@@ -72,117 +56,69 @@ def evaluate(
                 labels=batch.label[own], scores=scores[own], masks=batch.mask[own],
                 maps=getattr(maps, config.pixel_score)[own], pro_maps=getattr(maps, config.pro_score)[own],
             )  # fmt: skip
+        verdict = None if detector.decision is None else detector.decide(judgement, scores)
         shown = getattr(maps, config.shown_score)
-        for found, heat in zip(image_results(batch, judgement, scores, shown, class_names), shown, strict=True):
-            album.add(len(images), (found.class_name, found.label, found.hit), found.score, heat.cpu().numpy())
-            images.append(found)
+        found = image_results(batch, class_names, scores, shown, judgement.output.concept, verdict)
+        for image, heat in zip(found, shown, strict=True):
+            album.add(len(images), (image.class_name, image.label, image.hit), image.score, heat.cpu().numpy())
+            images.append(image)
     detector.train(was_training)
     classes = {name: accumulator.compute() for name, accumulator in accumulators.items()}
-    curves = {name: curves_of(accumulator) for name, accumulator in accumulators.items()}
-    return EvalResult(classes=classes, mean=mean_results(classes), images=tuple(images), curves=curves, maps=album.maps)
+    return EvalResult(
+        classes=classes, mean=mean_results(classes), images=tuple(images), maps=album.maps,
+        curves={name: curves_of(accumulator) for name, accumulator in accumulators.items()},
+        decided=decided_by(detector, images, config.false_alarm_rate),
+    )  # fmt: skip
 
 
 def image_results(
-    batch: FeatureBatch, judgement: Judgement, scores: Tensor, shown: Tensor, class_names: Sequence[str]
-) -> list[ImageResult]:
-    """What is said of the images of a batch: image `scores` (B,), and of the `shown` maps (B, H, W) the peaks."""
-    (height, width), concept = shown.shape[1:], judgement.output.concept
+    batch: FeatureBatch,
+    class_names: Sequence[str],
+    scores: Tensor,
+    shown: Tensor,
+    concept: Tensor | None,
+    verdict: Verdict | None,
+) -> Iterator[ImageResult]:
+    """What is said of each image of a batch: image `scores` (B,), `shown` maps (B, H, W), concepts, and the verdict."""
+    height, width = shown.shape[1:]
     values, places = shown.flatten(1).max(1)
     masks = batch.mask.flatten(1)
     inside, marked = masks.gather(1, places[:, None])[:, 0].tolist(), masks.any(1).tolist()
-    concepts = [None] * len(scores) if concept is None else concept.tolist()
-    rows = zip(batch.path, batch.class_index.tolist(), batch.label.tolist(), scores.tolist(), concepts, strict=True)
-    peaks = zip(places.tolist(), values.tolist(), inside, marked, strict=True)
-    return [
-        ImageResult(
-            path=path, class_name=class_names[c], label=label, score=score, concept=chosen, peak_value=value,
-            peak=((place % width + 0.5) / width, (place // width + 0.5) / height), hit=within if known else None,
-        )
-        for (path, c, label, score, chosen), (place, value, within, known) in zip(rows, peaks, strict=True)
-    ]  # fmt: skip
+    for row, (path, index, label, place) in enumerate(
+        zip(batch.path, batch.class_index.tolist(), batch.label.tolist(), places.tolist(), strict=True)
+    ):
+        yield ImageResult(
+            path=path, class_name=class_names[index], label=label, score=float(scores[row]),
+            concept=None if concept is None else int(concept[row]),
+            peak=((place % width + 0.5) / width, (place // width + 0.5) / height), peak_value=float(values[row]),
+            hit=inside[row] if marked[row] else None,
+            p_value=None if verdict is None else float(verdict.p_value[row]),
+            threshold=None if verdict is None else float(verdict.threshold[row]),
+            defective=None if verdict is None else bool(verdict.defective[row]),
+            high=None if verdict is None else float(verdict.pixel_threshold[row]),
+        )  # fmt: skip
+
+
+def decided_by(detector: Detector, images: Sequence[ImageResult], rate: float) -> Decided | None:
+    """How a detector's thresholds did on test images, None without any."""
+    if detector.decision is None:
+        return None
+    names = list(dict.fromkeys(image.class_name for image in images))
+    alarms, found = (
+        {n: Rate.of([bool(i.defective) for i in images if i.class_name == n and bool(i.label) == bad]) for n in names}
+        for bad in (False, True)
+    )
+    decision = detector.decision
+    return Decided(
+        rate=rate, calibration=decision.images, basis=decision.basis, false_alarms=alarms, found=found,
+        threshold=float(decision.thresholds[0]), interval=None if decision.guaranteed else decision.interval(),
+    )  # fmt: skip
 
 
 def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Each class in the batch and the rows that belong to it."""
     for index in class_index.unique().tolist():
         yield index, (class_index == index).nonzero().flatten()
-
-
-def look_at(stage: Stage, detector: Detector, dataset: ImageFolder, *, remembered: bool = False) -> Look:
-    """Says of images of a data set, by their numbers, what the detector, put into eval mode, finds in them.
-
-    `remembered` images were trained on: what the memory holds of an image itself does not count.
-    """
-    config = stage.config.eval
-    detector.eval()
-
-    def look(numbers: Sequence[int]) -> Views:
-        images = torch.stack([dataset[n].image for n in numbers])
-        maps = detector.judge(stage.extract(images.to(stage.device)), own=not remembered).maps
-        return Views(
-            heat=getattr(maps, config.shown_score).cpu().numpy(),
-            scores=image_scores(getattr(maps, config.image_score), config.top_k).cpu().numpy(),
-        )
-
-    return look
-
-
-def shown_by(dataset: ImageFolder, maps: Mapping[int, NDArray]) -> Show:
-    """Shows images of a data set by their numbers, with the maps that an evaluation kept of them."""
-
-    def show(number: int) -> Shot:
-        sample = dataset[number]
-        return Shot(image=to_picture(sample.image), mask=sample.mask.numpy(), heat=maps[number].astype(np.float32))
-
-    return show
-
-
-def pictured(dataset: ImageFolder, config: EvalConfig) -> list[int]:
-    """Numbers of the images that `save_pictures` draws: the first --pictures of each class and kind."""
-    return first_of_each([(item.class_index, item.kind) for item in dataset.items], config.pictures)
-
-
-def present(
-    stage: Stage,
-    detector: Detector,
-    datasets: tuple[ImageFolder, ImageFolder, ImageFolder],
-    result: EvalResult,
-    folder: Path,
-    share: int,
-) -> dict[str, ClassPage]:
-    """Write the pictures of an evaluation into `folder`, and give what the report says of its classes.
-
-    Nothing of what --no-report and --pictures 0 leave out is computed.
-
-    Args:
-        datasets: training images, normal images that calibrate, and the test images that were evaluated.
-        share: classes in the whole report.
-    """
-    kept, normal, test = datasets
-    config, names = stage.config.eval, list(result.classes)
-    wanted = pictured(test, config)
-    if not (config.report or wanted):
-        return {}
-    look, show = look_at(stage, detector, normal, remembered=not are_unseen(kept, normal)), shown_by(test, result.maps)
-    with tqdm(total=len(names) * (1 + config.report) + len(wanted), desc="pictures", leave=False) as bar:
-        ranges = {}
-        for index, name in enumerate(names):
-            ranges[name] = normal_range(look, [n for n, i in enumerate(normal.items) if i.class_index == index])
-            bar.update()
-        images = [image.within(ranges[image.class_name]) for image in result.images]
-        for number in wanted:
-            item, image = test.items[number], images[number]
-            place = folder / image.class_name / f"{item.kind}_{item.name.replace('/', '_')}.jpg"
-            save_picture(place, drawn(show(number), image, ranges[image.class_name]))
-            bar.update()
-        pages = {}
-        for name in names if config.report else []:
-            pages[name] = class_page(
-                result=result.classes[name], curves=result.curves[name], normal=ranges[name], show=show, share=share,
-                images={n: image for n, image in enumerate(images) if image.class_name == name},
-            )  # fmt: skip
-            bar.update()
-    return pages
 
 
 def finish(
@@ -208,13 +144,20 @@ def finish(
     chosen = [(image.concept, image.class_name) for part in parts for image in part.images if image.concept is not None]
     shared = config.data.multi_class  # models of their own have concepts of their own
     concepts = agreement(*zip(*chosen, strict=True)) if chosen and shared and len(classes) > 1 else None
+    decided = Decided.joined([part.decided for part in parts if part.decided is not None])
     results = Results(
-        classes=classes, best_on_test=best, intervals=intervals, concepts=concepts, config=config, unseen=unseen
+        classes=classes,
+        best_on_test=best,
+        intervals=intervals,
+        concepts=concepts,
+        config=config,
+        decided=decided,
+        unseen=unseen,
     )
     lines = [write_results(folder, results), f"run folder: {folder}"]
     if pages:
         rows = comparison_rows(config.data.dataset) if config.compared else []
-        lines.append(f"report: {report_run(folder, pages, config, unseen=unseen, published=rows)}")
+        lines.append(f"report: {report_run(folder, pages, config, unseen=unseen, decided=decided, published=rows)}")
     print("\n".join(lines))  # when all is written
 
 

@@ -19,13 +19,16 @@ from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from datasets.reading import Reading
 from default import KEPT, Config, TrainConfig, UsageError, flat, from_dict, settings_of, to_dict
+from models.decision import split_in_two
 from models.detector import Detector
+from models.first_look import first_look
 from models.loss import loss_terms
-from models.memory import Choice, Remembering
 from models.official import load_strictly
-from models.vqflow import ChannelStatistics, VQFlow
-from stage import Source, Stage, load_scorer
-from test import EvalResult, evaluate, finish, pictured, present
+from models.vqflow import VQFlow
+from show import pictured, present
+from stage import Source, Stage, load_decision, load_scorer
+from test import evaluate, finish
+from utils.report.images import EvalResult
 from utils.report.page import ClassPage
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
 from utils.run.device import autocast
@@ -38,7 +41,6 @@ from utils.run.seed import random_state, restore_random_state
 from utils.run.text import printable
 
 LAST, BEST = "last.pt", "best_on_test.pt"
-SEED_IMAGES = 512  # images in which the codes are placed at the start
 LIKELIHOOD = {"likelihood": "bits_per_dim", "released": "objective_per_dim"}  # the latter in nats: no density
 
 Passes = Callable[[], Iterable[FeatureBatch]]
@@ -66,7 +68,8 @@ class Supply:
         training: shuffled batches of a sub epoch, `steps` of them.
         everything: all `images` training images in order.
         sample: a fixed sample of the training images.
-        held_out: normal images that are not trained on, None if there are none.
+        units: held-out normal images that the units of the scores come from, None if none are held out.
+        deciding: others of them, whose scores give the thresholds.
     """
 
     training: Callable[[int], Iterable[FeatureBatch]]
@@ -74,7 +77,8 @@ class Supply:
     everything: Passes
     images: int
     sample: Passes
-    held_out: Passes | None
+    units: Passes | None
+    deciding: Passes | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,42 +144,14 @@ def bits_per_dim(nll: float) -> float:
     return nll / math.log(2) + math.log2(2 * math.pi) / 2
 
 
-@torch.no_grad()
-def first_look(detector: Detector, batches: Iterable[FeatureBatch], *, images: int, batch_size: int) -> None:
-    """One pass over all `images` training images: channel statistics, the start of our codebooks, the memory.
-
-    Codes are placed in the embeddings of up to `SEED_IMAGES` random images, in batches of about `batch_size`.
-    """
-    flow, memory = detector.flow, detector.scorer.memory
-    seeded = flow.config.codebooks == "seeded" and flow.config.quantize_enable
-    remembering = Remembering(memory, images=images, size=flow.config.memory) if memory is not None else None
-    if not (flow.config.standardize or seeded or remembering):
-        return
-    statistics, choice, chosen = ChannelStatistics(len(flow.channels)), Choice(images=images, size=SEED_IMAGES), []
-    for batch in batches:
-        pooled = flow.pool(batch.features)
-        statistics.add(pooled)
-        if seeded:
-            rows = choice.rows(pooled[0])
-            chosen += [[h[row] for h in pooled] for row in rows]
-        if remembering is not None:
-            remembering.add(batch.features)
-    if flow.config.standardize:
-        flow.set_statistics(statistics)
-    if seeded:
-        flow.train()
-        order = [chosen[i] for i in torch.randperm(len(chosen)).tolist()]
-        flow.hierarchy.seed([flow.standardize(part) for part in stacked(order, batch_size)])
-    if remembering is not None:
-        remembering.finish(*flow.statistics())
+def kept(passes: Passes) -> Iterator[list[Tensor]]:
+    """The features alone."""
+    return (batch.features for batch in passes())
 
 
-def stacked(rows: list[list[Tensor]], size: int) -> Iterator[list[Tensor]]:
-    """Images' levels as batches of at most `size`, as equal as can be."""
-    count = -(-len(rows) // size)
-    for number in range(count):
-        part = rows[number * len(rows) // count : (number + 1) * len(rows) // count]
-        yield [torch.stack(level) for level in zip(*part, strict=True)]
+def plain_decision(detector: Detector) -> dict[str, Any] | None:
+    """What a checkpoint keeps of the thresholds."""
+    return None if detector.decision is None else detector.decision.calibrated.plain()
 
 
 class Trainer:
@@ -217,7 +193,7 @@ class Trainer:
         done = self._restore(saved) if saved else 0
         if not saved:
             supply = self.supply
-            first_look(self.detector, supply.everything(), images=supply.images, batch_size=train.batch_size)
+            first_look(self.detector, kept(supply.everything), images=supply.images, batch_size=train.batch_size)
         log = RunLog(
             self.folder, kept=done, config=to_dict(self.config), tensorboard=train.tensorboard, wandb=train.wandb_enable
         )
@@ -256,16 +232,18 @@ class Trainer:
         return result
 
     def _calibrate(self) -> dict[str, float]:
-        """Units from held-out images, or from training images that do not meet themselves in the memory.
+        """Units and thresholds from held-out images, or from training images that do not meet themselves in the memory.
 
         The noise-free negative log-likelihood of both kinds, in eval mode: by `LIKELIHOOD`.
         """
-        training = (batch.features for batch in self.supply.sample())
-        if self.supply.held_out is None:
-            found = {"train": self.detector.calibrate(training, own=False)}
+        supply, detector, config = self.supply, self.detector, self.config.eval
+        if supply.units is None:
+            found = {"train": detector.calibrate(kept(supply.sample), own=False)}
+            detector.learn_decision(kept(supply.sample), config, own=False, unseen=False)
         else:
-            held_out = (batch.features for batch in self.supply.held_out())
-            found = {"train": self.detector.nll_per_dim(training), "held_out": self.detector.calibrate(held_out)}
+            seen = detector.nll_per_dim(kept(supply.sample))
+            found = {"train": seen, "held_out": detector.calibrate(kept(supply.units))}
+            detector.learn_decision(kept(supply.deciding) if supply.deciding else (), config)
         exact = self.config.model.objective == "likelihood"
         return {kind: bits_per_dim(nll) if exact else nll for kind, nll in found.items()}
 
@@ -282,7 +260,7 @@ class Trainer:
         content = self.identity | {
             "config": to_dict(self.config), "epoch": epoch, "model": self.flow.state_dict(),
             "scorer": {"rule": self.detector.scorer.rule.plain(), "state": self.detector.scorer.state_dict()},
-            "best_on_test": self.best,
+            "best_on_test": self.best, "decision": plain_decision(self.detector),
         }  # fmt: skip
         if improved:
             write_checkpoint(self.folder / BEST, content)
@@ -295,6 +273,7 @@ class Trainer:
         load_strictly(self.flow, saved["model"], "--resume")
         scorer = load_scorer(saved, self.config.model, self.flow.channels, "--resume")
         self.detector.scorer = scorer.to(next(self.flow.parameters()).device)
+        self.detector.decision = load_decision(saved, self.config, "--resume")
         self.optimizer.load_state_dict(saved["optimizer"])
         restore_random_state(saved["random"])
         self.best = saved["best_on_test"]
@@ -367,7 +346,7 @@ def supply_of(stage: Stage, source: Source, kept: ImageFolder, held_out: ImageFo
         raise UsageError("--memory: an image alone cannot be compared with others; use more images, or --holdout")
     total = stage.config.train.meta_epochs * stage.config.train.sub_epochs
     everything, sample = stage.ordered_features(kept), stage.ordered_features(kept, evenly_spread(kept))
-    unseen = stage.ordered_features(held_out) if held_out is not None else None
+    units, deciding = (held_features(stage, held_out, numbers) for numbers in roles(held_out))
 
     def training(sub: int) -> Iterable[FeatureBatch]:
         return tqdm(source.epoch(sub), total=len(source), desc=f"sub epoch {sub + 1}/{total}", leave=False)
@@ -375,8 +354,21 @@ def supply_of(stage: Stage, source: Source, kept: ImageFolder, held_out: ImageFo
     return Supply(
         training=training, steps=len(source), images=len(kept), sample=lambda: sample.epoch(0),
         everything=lambda: tqdm(everything.epoch(0), total=len(everything), desc="first look", leave=False),
-        held_out=None if unseen is None else lambda: unseen.epoch(0),
+        units=units, deciding=deciding,
     )  # fmt: skip
+
+
+def roles(held_out: ImageFolder | None) -> tuple[list[int], list[int]]:
+    """Numbers of the held-out images that units come from, and of those that decide."""
+    return split_in_two([item.class_index for item in held_out.items]) if held_out is not None else ([], [])
+
+
+def held_features(stage: Stage, held_out: ImageFolder | None, numbers: list[int]) -> Passes | None:
+    """Passes over some of the held-out images, None without any."""
+    if held_out is None or not numbers:
+        return None
+    source = stage.ordered_features(held_out, numbers)
+    return lambda: source.epoch(0)
 
 
 def own_folder(folder: Path, config: Config, group: tuple[str, ...]) -> Path:

@@ -26,9 +26,10 @@ from datasets.folder import ImageFolder
 from datasets.loaders import train_loader
 from default import Config, make_config
 from models.extractor import FrozenExtractor
+from models.first_look import first_look
 from models.vqflow import VQFlow, pool_features
 from stage import Stage
-from train import first_look, train_epoch
+from train import train_epoch
 
 
 def released_epoch(stage: Stage, model: VQFlow, dataset: ImageFolder) -> None:
@@ -61,7 +62,12 @@ def run(config: Config, rounds: int, cpu_time: bool) -> None:
     detector = stage.build_detector()
     model = detector.flow
     ordered = stage.ordered_features(source.dataset)
-    first_look(detector, ordered.epoch(0), images=len(source.dataset), batch_size=config.train.batch_size)
+    first_look(
+        detector,
+        (batch.features for batch in ordered.epoch(0)),
+        images=len(source.dataset),
+        batch_size=config.train.batch_size,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
     released, ours = [], []
     for number in range(rounds):

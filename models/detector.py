@@ -9,7 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.scorer import ScoreMaps, Scorer, Units
+from default import EvalConfig
+from models.decision import Calibrated, Decision, Verdict, scoring_of
+from models.scorer import ScoreMaps, Scorer, Units, image_scores
 from models.vqflow import VQFlow, VQFlowOutput
 from utils.run.device import autocast
 
@@ -23,7 +25,7 @@ class Judgement:
 
 
 class Detector(nn.Module):
-    """All that judges an image, without the extractor.
+    """All that judges an image, without the extractor; `decision` is None until there are calibrated thresholds.
 
     Args:
         flow: trained, or about to be.
@@ -35,6 +37,7 @@ class Detector(nn.Module):
     def __init__(self, flow: VQFlow, scorer: Scorer, *, size: int, amp: bool = False) -> None:
         super().__init__()
         self.flow, self.scorer, self.size, self.amp = flow, scorer, size, amp
+        self.decision: Decision | None = None
 
     @torch.no_grad()
     def judge(self, kept: Sequence[Tensor], *, own: bool = True) -> Judgement:
@@ -66,6 +69,41 @@ class Detector(nn.Module):
             nll.append(output.nll_per_dim)
         self.scorer.set_units(units)
         return float(torch.cat(nll).mean())
+
+    def decide(self, judgement: Judgement, scores: Tensor) -> Verdict:
+        """What follows from image scores (B,) of a batch; there must be a `decision`."""
+        assert self.decision is not None
+        return self.decision(scores, judgement.output.concept)
+
+    @torch.no_grad()
+    def learn_decision(
+        self, batches: Iterable[Sequence[Tensor]], config: EvalConfig, *, own: bool = True, unseen: bool = True
+    ) -> None:
+        """Thresholds from batches of kept features of normal images, after `calibrate`, of other images than that saw.
+
+        Args:
+            config: which scores, and the false-alarm rate.
+            own: as in `calibrate`.
+            unseen: nothing was fitted to the images.
+        """
+        was_training = self.training
+        self.eval()
+        scores: list[float] = []
+        peaks: list[float] = []
+        concepts: list[int] = []
+        for kept in batches:
+            judgement = self.judge(kept, own=own)
+            found = image_scores(getattr(judgement.maps, config.image_score), config.top_k)
+            concept = judgement.output.concept
+            scores += found.tolist()
+            peaks += getattr(judgement.maps, config.shown_score).amax((1, 2)).tolist()
+            concepts += [-1] * len(found) if concept is None else concept.tolist()
+        self.train(was_training)
+        calibrated = Calibrated(
+            scores=tuple(scores), peaks=tuple(peaks), concepts=tuple(concepts), unseen=unseen,
+            scoring=scoring_of(config, self.size),
+        )  # fmt: skip
+        self.decision = Decision(calibrated, config.false_alarm_rate).to(self.scorer.mean.device) if scores else None
 
     @torch.no_grad()
     def nll_per_dim(self, batches: Iterable[Sequence[Tensor]]) -> float:

@@ -1,6 +1,7 @@
 """The frozen extractor: levels of any timm model, weights from files and from the package, clear errors."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,6 +60,16 @@ def test_vision_transformer_levels_share_one_stride(size: int) -> None:
     maps = extractor(torch.randn(2, 3, size, size))
     assert [m.shape for m in maps] == [(2, 64, size // 16, size // 16)] * 4
     assert not torch.equal(maps[0], maps[3]), "four different blocks"
+
+
+def test_vision_transformer_levels_are_four_blocks_at_equal_distances() -> None:
+    extractor, image = random("vit_tiny_patch16_224", 224), torch.rand(1, 3, 224, 224)
+    full: Any = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    full.load_state_dict({k.removeprefix("model."): v for k, v in extractor.net.state_dict().items()}, strict=False)
+    with torch.no_grad():
+        blocks = full.forward_intermediates(image * 2 - 1, intermediates_only=True)  # all twelve
+    for ours, number in zip(extractor(image), (2, 5, 8, 11), strict=True):
+        torch.testing.assert_close(ours, blocks[number], rtol=1e-4, atol=1e-4)
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:

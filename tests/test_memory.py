@@ -1,6 +1,5 @@
 """The memory against a plain search, what it keeps, its place in the detector, and calibrated opinions."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -14,11 +13,11 @@ from datasets.folder import ImageFolder, Item
 from default import UsageError, make_config
 from models import memory
 from models.detector import Detector
+from models.first_look import first_look, stacked
 from models.memory import Choice, Memory, Remembering, nearest
 from models.official import load_strictly
 from models.scorer import ScoreMaps, Scorer, ScoreRule
 from tests.test_vqflow import CHANNELS, build
-from train import first_look, stacked
 from utils.metrics.concepts import agreement
 
 IMAGES = 7
@@ -146,11 +145,6 @@ def test_more_images_than_are_searched() -> None:
 # --- in the detector
 
 
-class Batch:
-    def __init__(self, features: list[torch.Tensor]) -> None:
-        self.features, self.path = features, ("",) * len(features[0])
-
-
 def detector(memory: int = 4, **options: object) -> Detector:
     flow = build(memory=memory, concat_pos=True, mixed_gaussian=True, **options)
     return Detector(flow, Scorer(channels=CHANNELS, memory=bool(memory)), size=32)
@@ -158,8 +152,7 @@ def detector(memory: int = 4, **options: object) -> Detector:
 
 def trained(**options: object) -> Detector:
     found = detector(**options)
-    batches: Iterator = (Batch(part) for part in parts(levels(IMAGES, 0), 3))
-    first_look(found, batches, images=IMAGES, batch_size=3)
+    first_look(found, parts(levels(IMAGES, 0), 3), images=IMAGES, batch_size=3)
     return found.eval()
 
 

@@ -23,6 +23,7 @@ FIXED = {"dataset", "class_names", "multi_class", "input_size", "limit", "holdou
 FREE_IN_TEST = {
     "data_path", "workers", "cache", "device", "work_dir", "name", "bootstrap", "compare", "pictures", "report",
     "batch_size", "amp_enable", "image_score", "pixel_score", "pro_score", "top_k", "eval_size", "weights", "seed",
+    "false_alarm_rate",
 }  # fmt: skip
 FREE_IN_RESUME = {"data_path", "workers", "cache", "device", "meta_epochs", "compile", "pictures", "report", "weights"}
 

@@ -14,14 +14,17 @@ from datasets.features import FeatureBatch
 from default import Config, EvalConfig, TrainConfig, from_dict, make_config
 from fake_data import METHOD, TINY, make_mvtec
 from main import main
+from models.decision import split_in_two
 from models.detector import Detector
+from models.first_look import first_look
 from models.loss import loss_terms
 from models.scorer import Scorer, ScoreRule, image_scores
 from models.vqflow import VQFlow
+from show import look_at
 from stage import Stage, load_detector
-from test import evaluate, look_at
+from test import evaluate
 from tests.test_vqflow import CHANNELS, build
-from train import Supply, Trainer, first_look, train_epoch
+from train import Supply, Trainer, train_epoch
 from utils.metrics import evaluate_maps
 from utils.run.checkpoint import read_checkpoint
 from utils.run.log import RunLog, read_lines
@@ -62,11 +65,13 @@ def splits(config: Config) -> tuple[Any, Any, Any]:
     return *split_holdout(train, config.data.holdout), test
 
 
-def features_of(stage: Stage, dataset: Any) -> list[list[torch.Tensor]]:
-    return [batch.features for batch in stage.ordered_features(dataset).epoch(0)]
+def features_of(stage: Stage, dataset: Any, numbers: list[int] | None = None) -> list[list[torch.Tensor]]:
+    return [batch.features for batch in stage.ordered_features(dataset, numbers).epoch(0)]
 
 
 # --- who is trained on, and who calibrates
+
+UNITS = split_in_two([0, 0, 1, 1])[0]  # of the four held-out images
 
 
 def test_held_out_images_are_neither_trained_on_nor_remembered(folder: Path, trained: tuple[Stage, Detector]) -> None:
@@ -83,10 +88,24 @@ def test_held_out_images_are_neither_trained_on_nor_remembered(folder: Path, tra
             assert ((gap < 0.01) == near).all()
 
 
-def test_units_are_those_of_the_held_out_images(trained: tuple[Stage, Detector]) -> None:
+def test_units_and_thresholds_come_from_different_held_out_images(
+    folder: Path, trained: tuple[Stage, Detector]
+) -> None:
     stage, detector = trained
-    features = features_of(stage, splits(stage.config)[1])
-    assert int(detector.scorer.calibrated) == 4
+    held = splits(stage.config)[1]
+    units, deciding = split_in_two([item.class_index for item in held.items])
+    assert len(units) == len(deciding) == 2
+    (kept,), decision = features_of(stage, held, deciding), detector.decision
+    assert decision is not None and decision.calibrated.unseen
+    maps = detector.judge(kept).maps
+    scores = image_scores(maps.surprise, stage.config.eval.top_k)
+    np.testing.assert_allclose(sorted(decision.calibrated.scores), sorted(scores), rtol=1e-4)
+    np.testing.assert_allclose(sorted(decision.calibrated.peaks), sorted(maps.surprise.amax((1, 2))), rtol=1e-4)
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))["decision"]
+    assert found["threshold"] == pytest.approx(float(decision.thresholds[0]))
+    assert (found["calibration_images"], found["false_alarms"]["of"], found["found"]["of"]) == (2, 6, 12)
+    features = features_of(stage, held, units)
+    assert int(detector.scorer.calibrated) == 2
     said = [detector.scorer.raw_opinions(detector.judge(f).output, detector.flow.standardize(f)) for f in features]
     for i, own in enumerate(zip(*said, strict=True)):
         values = torch.cat([v.flatten() for v in own]).double()
@@ -97,8 +116,9 @@ def test_units_are_those_of_the_held_out_images(trained: tuple[Stage, Detector])
 def test_logged_likelihoods_are_those_of_eval_mode_without_noise(folder: Path, trained: tuple[Stage, Detector]) -> None:
     stage, detector = trained
     entry = read_lines(folder / "metrics.jsonl")[-1]
-    for kind, dataset in zip(("train", "held_out"), splits(stage.config)[:2], strict=True):
-        outputs = [detector.judge(f).output for f in features_of(stage, dataset)]
+    kept, held, _ = splits(stage.config)
+    for kind, dataset, numbers in (("train", kept, None), ("held_out", held, UNITS)):
+        outputs = [detector.judge(f).output for f in features_of(stage, dataset, numbers)]
         nats = torch.cat([o.nll.double() / o.dims for o in outputs]).mean() + 0.5 * np.log(2 * np.pi)
         assert entry["bits_per_dim"][kind] == pytest.approx(float(nats) / np.log(2), rel=1e-4)
 
@@ -135,18 +155,26 @@ def test_every_checkpoint_is_calibrated(tmp_path: Path, held_out: bool, memory: 
     )  # fmt: skip
     rows, evaluated, detector = Rows(), [], small_detector(memory=memory)
     supply = Supply(
-        training=rows, steps=2, everything=rows, images=8, sample=rows, held_out=Rows(4) if held_out else None
+        training=rows,
+        steps=2,
+        everything=rows,
+        images=8,
+        sample=rows,
+        units=Rows(4) if held_out else None,
+        deciding=Rows(8) if held_out else None,
     )
     trainer = Trainer(
         config, detector, supply=supply, evaluate=evaluated.append, folder=tmp_path, identity={}  # type: ignore[arg-type]
     )  # fmt: skip
     log = RunLog(tmp_path, kept=0, config={}, tensorboard=False, wandb=False)
     if memory:
-        first_look(detector, rows(), images=8, batch_size=4)
+        first_look(detector, (batch.features for batch in rows()), images=8, batch_size=4)
     for epoch in range(2):
         trainer._meta_epoch(epoch, log)
         state = read_checkpoint(tmp_path / "last.pt")["scorer"]["state"]
         assert int(state["calibrated"]) == (4 if held_out else 8)
+        stored = read_checkpoint(tmp_path / "last.pt")["decision"]
+        assert len(stored["scores"]) == 8 and stored["unseen"] == held_out
         assert all(torch.equal(state[k], getattr(detector.scorer, k)) for k in ("mean", "std"))
         assert not torch.equal(state["std"], torch.ones_like(state["std"]))
     assert not evaluated
@@ -296,3 +324,22 @@ def test_a_memory_of_one_image_needs_others_to_calibrate(
     argv = [*TINY, *METHOD, "--class-names", "grid", "--dataset", "mvtec", "--data-path", str(tree), "--memory", "1"]
     assert main([*argv, "--work-dir", str(tmp_path)]) == 2
     assert "--memory: an image alone cannot be compared with others" in capsys.readouterr().err
+
+
+def test_verdicts_follow_the_stored_thresholds(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """At the rate that is asked for; other scores than the thresholds are of get none."""
+    asked = ["--mode", "test", "--eval_ckpt", str(folder), "--no-report", "--pictures", "0", "--work-dir"]
+    stored = read_checkpoint(folder / "last.pt")["decision"]
+    for rate, name in (("0.4", "often"), ("0.001", "seldom")):
+        assert main([*asked, str(tmp_path / name), "--false-alarm-rate", rate]) == 0
+        found = json.loads((only(tmp_path / name) / "results.json").read_text(encoding="utf-8"))["decision"]
+        assert found["false_alarm_rate"] == float(rate)
+        assert found["threshold"] == pytest.approx(max(stored["scores"]))
+    out = capsys.readouterr().out
+    assert "decision at a false-alarm rate of 40.00%" in out and "guaranteed by 2 normal images" in out
+    assert "an estimate from the tail of 2 normal images; 999 would give a guarantee" in out
+    assert main([*asked, str(tmp_path / "other"), "--image-score", "likelihood"]) == 0
+    assert "its thresholds are for another image_score, shown_score than asked for; no verdicts" in (
+        capsys.readouterr().out
+    )
+    assert "decision" not in json.loads((only(tmp_path / "other") / "results.json").read_text(encoding="utf-8"))

@@ -75,10 +75,10 @@ def spread(numbers: Sequence[int], most: int) -> list[int]:
     return [numbers[i * len(numbers) // count] for i in range(count)]
 
 
-def normal_range(look: Look, numbers: Sequence[int]) -> NormalRange:
-    """Look at (a subset of) a class's normal images: the median and the `PIXEL_QUANTILE` of their pixels, and the
+def normal_range(look: Look, numbers: Sequence[int], most: int) -> NormalRange:
+    """Look at `most` of a class's normal images: the median and the `PIXEL_QUANTILE` of their pixels, and the
     `QUANTILE` of their image scores."""
-    chosen = spread(numbers, NORMAL_IMAGES)
+    chosen = spread(numbers, most)
     pixels, scores = [], []
     for chunk in chunks(chosen):
         views = look(chunk)
@@ -117,7 +117,9 @@ def take_pictures(show: Show, images: Mapping[int, ImageResult], normal: NormalR
 def drawn(shot: Shot, result: ImageResult, normal: NormalRange) -> NDArray[np.uint8]:
     """The picture that goes into `pictures/`."""
     scaled = normal.scaled(shot.heat, result.high)
-    return triptych(shot.image, scaled, shot.mask, peak=result.peak, caption=result.verdict(), alarm=result.alarm)
+    return triptych(
+        shot.image, scaled, shot.mask, peak=result.peak, caption=result.verdict(), alarm=bool(result.defective)
+    )
 
 
 def levels(scaled: NDArray) -> bytes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.metrics import NAN
+from utils.metrics import ClassResult, Curve
+from utils.metrics.decisions import Decided
 
 PER_KIND = 3  # pictures per class of false alarms, of misses, and of finds with the peak in the defect and beside it
 HALF_MAX = 65504.0  # of half precision
@@ -26,7 +27,9 @@ class ImageResult:
         peak: the highest place of the shown map, x and y as shares of its width and height.
         peak_value: the map's value there.
         hit: whether the peak lies in the mask; None without a defect or without a mask of it.
-        threshold: image scores above it are alarms.
+        p_value: share of normal images that score as high; None without thresholds in the checkpoint.
+        threshold: image scores above it are alarms; None where neither checkpoint nor `within` gave any.
+        defective: the verdict.
         high: 1 on the scale of the heat maps, where colour begins.
     """
 
@@ -38,23 +41,22 @@ class ImageResult:
     peak: tuple[float, float]
     peak_value: float
     hit: bool | None
-    threshold: float = NAN
-    high: float = NAN
-
-    @property
-    def alarm(self) -> bool:
-        return self.score > self.threshold
+    p_value: float | None = None
+    threshold: float | None = None
+    defective: bool | None = None
+    high: float | None = None
 
     def within(self, normal: NormalRange) -> ImageResult:
-        """With the limits of its class, unless it has its own."""
-        if self.threshold == self.threshold:
+        """With the limits of its class, unless it has the checkpoint's."""
+        if self.threshold is not None:
             return self
-        return replace(self, threshold=normal.threshold, high=normal.high)
+        limit = normal.threshold
+        return replace(self, threshold=limit, high=normal.high, defective=self.score > limit)
 
     def verdict(self) -> str:
         """For people, in ASCII."""
         place = {None: "", True: ", peak in the defect", False: ", peak beside the defect"}[self.hit]
-        said = "alarm" if self.alarm else "no alarm"
+        said = "alarm" if self.defective else "no alarm"
         return f"{said}: score {self.score:#.4g}, threshold {self.threshold:#.4g}{place}"
 
 
@@ -72,6 +74,27 @@ class NormalRange:
         """Score maps on the scale that all classes share: 0 is `low`, 1 is the class's `high`, or the image's own."""
         top = self.high if high is None else high
         return (maps - self.low) / max(top - self.low, 1e-12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Of a class: ROC curve of its images, and PRO curve up to AUPRO's limit."""
+
+    roc: Curve
+    pro: Curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Seven metrics per class and their mean, every image, each class's curves, and the shown maps of some images by
+    their numbers (see `Album`)."""
+
+    classes: dict[str, ClassResult]
+    mean: ClassResult
+    images: tuple[ImageResult, ...]
+    curves: dict[str, Curves]
+    decided: Decided | None
+    maps: Mapping[int, NDArray]
 
 
 class Album:

@@ -12,34 +12,23 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from default import ABSOLUTE, Config, to_dict
-from utils.metrics import METRICS, NAN, ClassAccumulator, ClassResult, Curve, mean_results
+from default import ABSOLUTE, CALIBRATED, Config, to_dict
+from utils.metrics import METRICS, NAN, ClassAccumulator, ClassResult, mean_results
+from utils.metrics.decisions import Decided
 from utils.report import gallery
 from utils.report.charts import SERIES, histogram, line_chart, series_dash, thinned
 from utils.report.gallery import Picture, Show, f1_threshold, take_pictures
-from utils.report.images import ImageResult, NormalRange, pick
+from utils.report.images import Curves, ImageResult, NormalRange, pick
 from utils.report.plots import HOT, ramp
 from utils.report.tables import COLUMNS, MEAN, TITLES, percent, values
+from utils.report.training import CODEBOOKS, Training, codebook_panels, codebook_rows, number, training_panels
 from utils.run.log import read_lines
 from utils.run.text import printable
 
 PAGE = Path(__file__).parent / "templates"
 MOST_CONCEPTS = 64  # columns of the concept matrix
-CODEBOOKS = {
-    "cpc": "concepts", "cspc_0": "patterns, level 1", "cspc_1": "patterns, level 2", "cspc_2": "patterns, level 3",
-    "cspc_top": "patterns, top",
-}  # fmt: skip
 
-Training = Mapping[str, Sequence[Mapping[str, Any]]]  # model -> entries of its metrics.jsonl
 Published = Sequence[tuple[str, Mapping[str, float], str]]  # method, metric -> fraction, note
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curves:
-    """Of a class: ROC curve of its images, and PRO curve up to AUPRO's limit."""
-
-    roc: Curve
-    pro: Curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +54,7 @@ class Report:
         config: nested plain values.
         shown: the score map that the pictures show.
         unseen: no image that says what is normal was trained on.
+        decided: how the checkpoint's thresholds did; None where it has none, and normal images give them.
         published: numbers of others on the same data set.
         shared_model: one model for all classes, so that their concepts are the same.
     """
@@ -75,6 +65,7 @@ class Report:
     config: Mapping[str, Mapping[str, Any]]
     shown: str
     unseen: bool
+    decided: Decided | None = None
     published: Published = ()
     shared_model: bool
 
@@ -106,6 +97,7 @@ def report_run(
     config: Config,
     *,
     unseen: bool,
+    decided: Decided | None = None,
     published: Published = (),
 ) -> Path:
     """Write report.html into a run folder, with the training that metrics.jsonl tells of; its path."""
@@ -116,6 +108,7 @@ def report_run(
     report = Report(
         name=folder.name, classes=pages, training=training, config=to_dict(config), published=published,
         shared_model=shared_model, shown=config.eval.shown_score, unseen=unseen,
+        decided=decided,
     )  # fmt: skip
     write_report(path, report)
     return path
@@ -150,6 +143,7 @@ def content(report: Report) -> dict[str, Any]:
         "codebook_panels": codebook_panels(report.training), "titles_of_books": CODEBOOKS,
         "concepts": concept_matrix(report.classes), "kinds": gallery.KINDS, "scale": heat_scale(),
         "scores": report.config["eval"], "absolute": ABSOLUTE,
+        "calibrated": CALIBRATED,
         "quantile": gallery.QUANTILE, "looked_at": max(p.normal.count for p in report.classes.values()),
     }  # fmt: skip
 
@@ -160,11 +154,6 @@ def heat_scale() -> dict[str, Any]:
         "hot": HOT, "middle": (1 + HOT) / 2, "step": gallery.STEP, "quantile": gallery.PIXEL_QUANTILE,
         "stops": ramp()[::51].tolist(),
     }  # fmt: skip
-
-
-def number(value: float) -> str:
-    """Four significant digits, - for NaN."""
-    return f"{value:#.4g}".rstrip(".") if value == value else "-"
 
 
 def base64_text(data: bytes) -> str:
@@ -189,9 +178,9 @@ def counts(images: Sequence[ImageResult]) -> dict[str, int]:
     """Good images and those of them with an alarm; defective ones, those found; of these the ones that have masks, and
     those whose peak lies in the mask."""
     good, bad = ([i for i in images if bool(i.label) == label] for label in (False, True))
-    found = [i for i in bad if i.alarm]
+    found = [i for i in bad if i.defective]
     return {
-        "good": len(good), "alarms": sum(i.alarm for i in good), "defective": len(bad), "found": len(found),
+        "good": len(good), "alarms": sum(bool(i.defective) for i in good), "defective": len(bad), "found": len(found),
         "placed": sum(i.hit is not None for i in found), "hits": sum(i.hit is True for i in found),
     }  # fmt: skip
 
@@ -235,68 +224,12 @@ def histograms(classes: Mapping[str, ClassPage]) -> list[dict[str, Any]]:
     made = []
     for name, page in classes.items():
         good, bad = ([i.score for i in page.images if bool(i.label) == label] for label in (False, True))
-        cuts, best = sorted({i.threshold for i in page.images}), f1_threshold(good, bad)
+        cuts, best = sorted({i.threshold for i in page.images if i.threshold is not None}), f1_threshold(good, bad)
         chart = Markup(histogram(good, bad, [*((cut, "-") for cut in cuts), (best, ":")]))
         made.append(
             {"name": name, "chart": chart, "cuts": cuts[:1] + cuts[1:][-1:], "best": best} | counts(page.images)
         )
     return made
-
-
-def panels(
-    training: Training, wanted: Sequence[tuple[str, tuple[str, ...]]], factor: float = 1
-) -> list[tuple[str, Markup]]:
-    """A small chart for each title and path into an entry, with a line per model; those without values are left out.
-
-    Values are multiplied by `factor`. Where no model has two values they stand there as numbers.
-    """
-    made = []
-    for title, path in wanted:
-        lines: dict[str, tuple[list[float], list[float]]] = {}
-        for model, entries in training.items():
-            points = [(e["epoch"], v) for e in entries if (v := lookup(e, path)) is not None]
-            if points:
-                lines[model] = ([x for x, _ in points], [factor * y for _, y in points])
-        if lines:
-            made.append((title, panel(lines, list(training))))
-    return made
-
-
-def panel(lines: Mapping[str, tuple[list[float], list[float]]], order: Sequence[str]) -> Markup:
-    """A chart over the meta epochs, or numbers."""
-    if max(len(y) for _, y in lines.values()) > 1:
-        chart = line_chart(lines, order=order, labels=("meta epoch", ""), marks=True, size=(3.5, 1.9))
-        return Markup(chart)
-    row = Markup('<p class="number"><strong>{}</strong> {}</p>')
-    return Markup("").join(row.format(number(y[0]), name if len(order) > 1 else "") for name, (_, y) in lines.items())
-
-
-def lookup(entry: Any, path: tuple[str, ...]) -> Any:
-    """A nested value, None if there is none."""
-    for key in path:
-        entry = entry.get(key) if isinstance(entry, Mapping) else None
-    return entry
-
-
-def training_panels(training: Training) -> list[tuple[str, Markup]]:
-    """Loss, learning rate, likelihood of held-out images and every metric over the meta epochs."""
-    wanted = [
-        ("Loss, nats per image", ("train", "loss")), ("Learning rate", ("train", "lr")),
-        ("Bits per dimension, training images", ("bits_per_dim", "train")),
-        ("Bits per dimension, held-out images", ("bits_per_dim", "held_out")),
-    ]  # fmt: skip
-    metrics = [(TITLES[m], ("test", m)) for m in COLUMNS if m in METRICS]
-    return panels(training, wanted) + panels(training, metrics, factor=100)
-
-
-def codebook_panels(training: Training) -> list[tuple[str, Markup]]:
-    """Perplexity of each codebook over the meta epochs."""
-    return panels(training, [(title, ("codebooks", key, "perplexity")) for key, title in CODEBOOKS.items()])
-
-
-def codebook_rows(training: Training) -> list[tuple[str, dict[str, Any]]]:
-    """Each model's codebooks after the last meta epoch: `perplexity` and `used`."""
-    return [(m, entries[-1]["codebooks"]) for m, entries in training.items() if entries and entries[-1]["codebooks"]]
 
 
 def concept_matrix(classes: Mapping[str, ClassPage]) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from default import CALIBRATED, Config, to_dict
 from utils.metrics import METRICS, NAN, ClassResult, mean_results, nanmean
 from utils.metrics.bootstrap import Intervals
 from utils.metrics.concepts import Agreement
+from utils.metrics.decisions import Decided
 from utils.metrics.published import class_rows, comparison_rows
 from utils.report.tables import (
     BEST,
@@ -39,12 +40,14 @@ Best = Mapping[str, Mapping[str, float]]
 class Results:
     """Of a run: each class's metrics, each metric's best mean on the test set over all evaluations with its epoch
     (None where there was one evaluation), intervals if wanted, the concepts' agreement with the classes (None without
-    concepts or with one class), the configuration, and whether none of the images that calibrate was trained on."""
+    concepts or with one class), how the thresholds did (None without any), the configuration, and whether none of the
+    images that calibrate was trained on."""
 
     classes: Mapping[str, ClassResult]
     best_on_test: Best | None
     intervals: Intervals | None
     concepts: Agreement | None = None
+    decided: Decided | None = None
     config: Config
     unseen: bool
 
@@ -142,6 +145,8 @@ def notes_of(results: Results) -> list[str]:
     ]
     if not results.unseen and set(scores_of(config).values()) & set(CALIBRATED):
         notes.append("units from images that were trained on (no --holdout): unseen normal images look stranger")
+    if results.decided:
+        notes.append(str(results.decided))
     if found := results.concepts:
         notes.append(
             f"concepts: {found.used} of {config.model.k_cpc} used on the test images, purity {found.purity:.2f}, "
@@ -185,6 +190,8 @@ def results_json(results: Results) -> dict[str, Any]:
         "scores": scores_of(results.config),
         "left_out": left_out(results.classes),
     }
+    if results.decided:
+        content["decision"] = results.decided.plain()
     if results.concepts:
         content["concepts"] = asdict(results.concepts)
     if results.intervals:
