@@ -191,6 +191,8 @@ class Trainer:
         """Train to the end, from the start or from a checkpoint's content."""
         train = self.config.train
         done = self._restore(saved) if saved else 0
+        if train.resume:
+            print(printable(resume_line(self.folder, done, train.meta_epochs)))
         if not saved:
             supply = self.supply
             first_look(self.detector, kept(supply.everything), images=supply.images, batch_size=train.batch_size)
@@ -404,6 +406,13 @@ def saved_state(
     for name in [*others, *(name for name in settings_of(*KEPT) if was[name] != now[name])]:
         raise UsageError(f"--resume: {path} is of another run: its {name} differs")
     return saved
+
+
+def resume_line(folder: Path, done: int, total: int) -> str:
+    """Says from where --resume goes on."""
+    if done >= total:
+        return f"--resume: {folder} has its {total} meta epochs; it is evaluated"
+    return f"--resume: {folder} goes on with meta epoch {done + 1} of {total}" + ("" if done else ", the first")
 
 
 def progress_line(
