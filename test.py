@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from datasets import build_datasets, present_classes, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
@@ -30,8 +29,10 @@ from utils.report.gallery import ImageResult, Look, Views, normal_range
 from utils.report.page import ClassPage, Curves, class_page, curves_of, report_run
 from utils.report.plots import save_picture, triptych
 from utils.report.results import Results, write_results
+from utils.report.verdicts import write_scores
 from utils.run.checkpoint import read_checkpoint
 from utils.run.folders import new_run, write_config
+from utils.run.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,8 @@ def evaluate(
                 maps=getattr(maps, config.pixel_score)[own], pro_maps=getattr(maps, config.pro_score)[own],
             )  # fmt: skip
         verdict = None if detector.decision is None else detector.decide(judgement, scores)
-        images += image_results(batch, class_names, scores, concept, verdict)
+        hits = hits_of(getattr(maps, config.shown_score), batch.mask)
+        images += image_results(batch, class_names, scores, concept, verdict, hits)
     detector.train(was_training)
     classes = {name: accumulator.compute() for name, accumulator in accumulators.items()}
     curves = {name: curves_of(accumulator) for name, accumulator in accumulators.items()}
@@ -75,19 +77,26 @@ def evaluate(
 
 
 def image_results(
-    batch: FeatureBatch, class_names: Sequence[str], scores: Tensor, concept: Tensor | None, verdict: Verdict | None
-) -> Iterator[ImageResult]:
+    batch: FeatureBatch, class_names: Sequence[str], scores: Tensor, concept: Tensor | None, verdict: Verdict | None,
+    hits: Sequence[bool | None],
+) -> Iterator[ImageResult]:  # fmt: skip
     """What is said of each image of a batch."""
     for row, (path, index, label) in enumerate(
         zip(batch.path, batch.class_index.tolist(), batch.label.tolist(), strict=True)
     ):
         yield ImageResult(
-            path=path, class_name=class_names[index], label=label, score=float(scores[row]),
+            path=path, class_name=class_names[index], label=label, score=float(scores[row]), hit=hits[row],
             concept=None if concept is None else int(concept[row]),
             p_value=None if verdict is None else float(verdict.p_value[row]),
             threshold=None if verdict is None else float(verdict.threshold[row]),
             defective=None if verdict is None else bool(verdict.defective[row]),
         )  # fmt: skip
+
+
+def hits_of(maps: Tensor, masks: Tensor) -> list[bool | None]:
+    """Whether the highest place of each map (B, H, W) lies in its mask (B, H, W); None for an empty mask."""
+    inside = masks.flatten(1).gather(1, maps.flatten(1).argmax(1)[:, None])[:, 0]
+    return [bool(hit) if known else None for hit, known in zip(inside, masks.flatten(1).any(1), strict=True)]
 
 
 def decided_by(detector: Detector, images: Sequence[ImageResult], rate: float) -> Decided | None:
@@ -265,9 +274,10 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         stage = Stage(own, normalization_of(content))
         detector = load_detector(content, stage, str(path))
         source = stage.ordered_features(test)
-        batches = tqdm(source.epoch(0), total=len(source), desc="evaluation", leave=False)
+        batches = progress(source.epoch(0), total=len(source), text="evaluation")
         parts.append(evaluate(detector, batches, class_names, own.eval))
         folder = folder or new_run(own)
+        write_scores(folder, (image for part in parts for image in part.images))
         normal = split_holdout(train, own.data.holdout)[1]
         save_pictures(stage, detector, test, class_names, folder / "pictures")
         pages |= report_pages(stage, detector, (normal, test), parts[-1], len(class_names) * len(paths))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from datasets import build_datasets, evenly_spread, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
@@ -28,12 +27,14 @@ from models.vqflow import VQFlow
 from stage import Source, Stage, load_decision, load_scorer
 from test import EvalResult, evaluate, finish, report_pages, save_pictures
 from utils.report.page import ClassPage
+from utils.report.verdicts import write_scores
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
 from utils.run.device import autocast
 from utils.run.folders import new_folder, resumed_run, run_name, write_config
 from utils.run.lock import locked
 from utils.run.log import RunLog, optional
 from utils.run.profile import traced
+from utils.run.progress import progress
 from utils.run.schedule import learning_rate
 from utils.run.seed import random_state, restore_random_state
 from utils.run.text import printable
@@ -306,6 +307,7 @@ def run_training(config: Config) -> Path:
             with stage.reading():
                 fitted = fit_group(stage, detector, group, source, (kept, normal, test_set), own)
             parts.append(fitted.last)
+            write_scores(folder, (image for part in parts for image in part.images))
             best = fitted.best_on_test if config.data.multi_class else None
             save_pictures(stage, detector, test_set, group, folder / "pictures")
             pages |= report_pages(stage, detector, (normal, test_set), fitted.last, len(class_names))
@@ -329,7 +331,7 @@ def fit_group(
     test_source = stage.ordered_features(test_set)
 
     def evaluation(detector: Detector) -> EvalResult:
-        batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
+        batches = progress(test_source.epoch(0), total=len(test_source), text="evaluation")
         return evaluate(detector, batches, group, config.eval)
 
     supply = supply_of(stage, source, kept, normal if config.data.holdout else None)
@@ -347,11 +349,12 @@ def supply_of(stage: Stage, source: Source, kept: ImageFolder, held_out: ImageFo
     units, deciding = (held_features(stage, held_out, numbers) for numbers in roles(held_out))
 
     def training(sub: int) -> Iterable[FeatureBatch]:
-        return tqdm(source.epoch(sub), total=len(source), desc=f"sub epoch {sub + 1}/{total}", leave=False)
+        text = f"sub epoch {sub + 1}/{total}"
+        return progress(source.epoch(sub), total=len(source), text=text, more=total - sub - 1)
 
     return Supply(
         training=training, steps=len(source), images=len(kept), sample=lambda: sample.epoch(0),
-        everything=lambda: tqdm(everything.epoch(0), total=len(everything), desc="first look", leave=False),
+        everything=lambda: progress(everything.epoch(0), total=len(everything), text="first look"),
         units=units, deciding=deciding,
     )  # fmt: skip
 

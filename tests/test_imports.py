@@ -1,4 +1,7 @@
-"""Imports go one way: default <- utils <- datasets, models <- stage <- test, export <- train <- main."""
+"""Imports go one way.
+
+default <- utils <- datasets, models <- stage <- test, export, detector <- train, predict <- main.
+"""
 
 import ast
 from pathlib import Path
@@ -15,7 +18,9 @@ MAY_IMPORT = {
     "test": {"default", "utils", "datasets", "models", "stage"},
     "train": {"default", "utils", "datasets", "models", "stage", "test"},
     "export": {"default", "utils", "datasets", "models", "stage"},
-    "main": {"default", "utils", "datasets", "models", "stage", "test", "train", "export"},
+    "detector": {"default", "utils", "datasets", "models", "stage"},
+    "predict": {"default", "utils", "datasets", "models", "stage", "detector"},
+    "main": {"default", "utils", "datasets", "models", "stage", "test", "train", "export", "predict"},
 }
 FILES = sorted(
     p

@@ -32,7 +32,8 @@ CHUNK = 16  # images looked at together
 @dataclass(frozen=True, kw_only=True)
 class ImageResult:
     """One test image: its file, class, label, image score, concept (None without codebooks), and what was decided:
-    p-value, threshold and verdict (None without thresholds)."""
+    p-value, threshold and verdict (None without thresholds); `hit`: the shown map's peak lies in the mask, None without
+    a mask."""
 
     path: str
     class_name: str
@@ -42,6 +43,7 @@ class ImageResult:
     p_value: float | None = None
     threshold: float | None = None
     defective: bool | None = None
+    hit: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
