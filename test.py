@@ -219,13 +219,20 @@ def finish(
         by_name[image.class_name].append(image)
     drawn = {name: ([i.label for i in images], [i.score for i in images]) for name, images in by_name.items()}
     count = config.eval.bootstrap
-    intervals = bootstrap(drawn, count, config.run.seed) if count else None
+    evaluated = any(by_name.values())
+    intervals = bootstrap(drawn, count, config.run.seed) if count and evaluated else None
     chosen = [(image.concept, image.class_name) for part in parts for image in part.images if image.concept is not None]
     shared = config.data.multi_class  # models of their own have concepts of their own
     concepts = agreement(*zip(*chosen, strict=True)) if chosen and shared and len(classes) > 1 else None
     decided = Decided.joined([part.decided for part in parts if part.decided is not None])
     results = Results(
-        classes=classes, best_on_test=best, intervals=intervals, concepts=concepts, config=config, decided=decided
+        classes=classes,
+        best_on_test=best,
+        intervals=intervals,
+        concepts=concepts,
+        config=config,
+        evaluated=evaluated,
+        decided=decided if evaluated else None,
     )
     lines = [write_results(folder, results), f"run folder: {folder}"]
     if pages:
@@ -271,6 +278,8 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         class_names = resolve_classes(own.data)
         readings = image_readings(content, class_names)
         train, test = build_datasets(own.data, class_names, own.score_size, readings)
+        if not test.items:
+            continue
         stage = Stage(own, normalization_of(content))
         detector = load_detector(content, stage, str(path))
         source = stage.ordered_features(test)
@@ -282,7 +291,10 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         save_pictures(stage, detector, test, class_names, folder / "pictures")
         pages |= report_pages(stage, detector, (normal, test), parts[-1], len(class_names) * len(paths))
     if folder is None:
-        raise UsageError(f"--data-path: no class of {config.eval.eval_ckpt} is there")
+        raise UsageError(
+            f"--data-path: no class of {config.eval.eval_ckpt} with test images is there; --mode predict judges images "
+            "without labels"
+        )
     own = replace(own, data=replace(own.data, class_names=tuple(n for part in parts for n in part.classes)))
     write_config(folder, own)
     finish(folder, own, parts, None, pages)

@@ -307,8 +307,10 @@ def run_training(config: Config) -> Path:
             with stage.reading():
                 fitted = fit_group(stage, detector, group, source, (kept, normal, test_set), own)
             parts.append(fitted.last)
-            write_scores(folder, (image for part in parts for image in part.images))
             best = fitted.best_on_test if config.data.multi_class else None
+            if not test_set.items:
+                continue
+            write_scores(folder, (image for part in parts for image in part.images))
             save_pictures(stage, detector, test_set, group, folder / "pictures")
             pages |= report_pages(stage, detector, (normal, test_set), fitted.last, len(class_names))
         finish(folder, config, parts, best, pages)
@@ -328,9 +330,11 @@ def fit_group(
     `others` are the training images, the normal images that calibrate, and the test images.
     """
     config, (kept, normal, test_set) = stage.config, others
-    test_source = stage.ordered_features(test_set)
+    test_source = stage.ordered_features(test_set) if test_set.items else None
 
     def evaluation(detector: Detector) -> EvalResult:
+        if test_source is None:
+            return evaluate(detector, (), group, config.eval)
         batches = progress(test_source.epoch(0), total=len(test_source), text="evaluation")
         return evaluate(detector, batches, group, config.eval)
 
@@ -416,7 +420,7 @@ def progress_line(
     line = f"meta epoch {epoch}/{last}  loss {stats.loss:.4g}  {words} {likelihood['train']:.3f}"
     if "held_out" in likelihood:
         line += f" (held out: {likelihood['held_out']:.3f})"
-    if result is None:
+    if result is None or not result.images:
         return line
     line += f"  image AUROC {100 * result.mean.image_auroc:.1f}"
     if config.eval.loc_eval or epoch == last:

@@ -121,7 +121,7 @@ def test_of_a_preset_a_checkpoint_heeds_only_what_it_does_not_fix() -> None:
 # --- resume and tables
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("runs", "mode", "eval_ckpt")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("paths", "mode", "eval_ckpt")])
 def test_a_resumed_run_keeps_what_its_results_are_made_of(name: str, tmp_path: Path) -> None:
     saved = SAVED | {"work_dir": str(tmp_path)}
     folder = new_run(make_config(**saved))
