@@ -410,6 +410,9 @@ class PredictConfig(Part):
     save_masks: bool = option(
         False, "write masks at the images' own size: 255 where the map is above its threshold", binds="free"
     )
+    watch: str | None = option(
+        None, "folder whose new images are judged as they come, until the program is interrupted", binds="free"
+    )
     fail_on: str | None = option(
         None, "leave with status 3 if an image is defective", binds="free", choices=("defect",)
     )

@@ -50,6 +50,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "save_maps": _PREDICTING,
     "save_masks": _PREDICTING,
     "fail_on": _PREDICTING,
+    "watch": _PREDICTING,
     "resume": _TRAINING,
     "tensorboard": _TRAINING,
     "wandb_enable": _TRAINING,

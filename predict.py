@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from utils.run.text import printable
 AT_ONCE = 32_000_000  # pixels of the images that are in memory together, unless a single one has more
 HOT = 1.5  # thresholds above the threshold where the hottest colour is
 HUNDREDTHS, ZERO = 100, 32768  # of a map in 16 bits: v = 100 score + 32768
+POLL = 1.0  # seconds between two looks at a folder that is watched
 LONGEST_JPEG = 65500  # pixels of a side
 
 
@@ -42,7 +44,10 @@ def run_predict(config: Config, chosen: dict[str, Any]) -> int:
     assert config.eval.eval_ckpt is not None
     if len(config.data.class_names) > 1:
         raise UsageError(f"--class-names: expected one class in --mode predict, but got {len(config.data.class_names)}")
-    paths = all_paths(config.run.paths)
+    watched = config.predict.watch
+    if watched is not None and not Path(watched).is_dir():
+        raise UsageError(f"--watch: no such folder: {watched}")
+    paths = all_paths(config.run.paths, needed=watched is None)
     detector = loaded(config, chosen)
     check_thresholds(detector)
     folder = output_folder(detector.config)
@@ -50,20 +55,63 @@ def run_predict(config: Config, chosen: dict[str, Any]) -> int:
         left = [path for path in paths if not rows.is_done(path)]
         if len(left) < len(paths):
             print(f"{folder}: {len(paths) - len(left)} of {len(paths)} images were judged before")
-        counts = judge_all(detector, left, folder, rows)
-    print(f"{len(left)} images: {counts['defect']} defective, {counts['error']} not read; written to: {folder}")
-    if counts["error"]:
-        print(f"{counts['error']} of {len(left)} images could not be read; scores.csv says why", file=sys.stderr)
+        counts = Counts()
+        judge_all(detector, left, folder, rows, counts)
+        if watched is not None:
+            print(f"waiting for images in {watched}; Ctrl-C ends this; rows are written to {folder}", flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                watch(detector, Path(watched), folder, rows, counts)
+    print(f"{counts.images} images: {counts.defects} defective, {counts.errors} not read; written to: {folder}")
+    if counts.errors:
+        print(f"{counts.errors} of {counts.images} images could not be read; scores.csv says why", file=sys.stderr)
         return 1
-    return 3 if counts["defect"] and config.predict.fail_on else 0
+    return 3 if counts.defects and config.predict.fail_on else 0
 
 
-def all_paths(names: Sequence[str]) -> list[Path]:
+@dataclass
+class Counts:
+    """Of the images so far: how many, and how many are defective or could not be read."""
+
+    images: int = 0
+    defects: int = 0
+    errors: int = 0
+
+
+def watch(detector: ImageDetector, watched: Path, folder: Path, rows: Rows, counts: Counts) -> None:
+    """Judge the images in a folder that are not in the table yet, and those that come, until interrupted."""
+    before: dict[Path, tuple[int, int]] = {}
+    while True:
+        new = [path for path in image_files(watched) if not rows.is_done(path) and not lies_in(path, folder)]
+        now = {path: stamp for path in new if (stamp := stamp_of(path)) is not None}
+        ready = [path for path, stamp in now.items() if before.get(path) == stamp]  # nobody writes to it any more
+        judge_all(detector, ready, folder, rows, counts)
+        before = now
+        if not ready:
+            time.sleep(POLL)
+
+
+def stamp_of(path: Path) -> tuple[int, int] | None:
+    """Size and time of the last change; None for a file that is empty yet or gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_size, found.st_mtime_ns) if found.st_size else None
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a file lies below a folder: what is written there must not be judged in turn."""
+    return folder.resolve() in path.resolve().parents
+
+
+def all_paths(names: Sequence[str], *, needed: bool = True) -> list[Path]:
     """The files that are named, and the images in folders that are named, none twice, in order.
 
     Raises:
-        UsageError: nothing is named, or there is no such file or folder.
+        UsageError: nothing is named although it is `needed`, or there is no such file or folder.
     """
+    if not needed and not names:
+        return []
     if not names:
         raise UsageError("PATH: expected images or folders of them after --mode predict, but got none")
     found: dict[Path, None] = {}
@@ -117,18 +165,17 @@ def output_folder(config: Config) -> Path:
     return folder
 
 
-def judge_all(detector: ImageDetector, paths: Sequence[Path], folder: Path, rows: Rows) -> dict[str, int]:
-    """Write a row, and what else is asked for, of every image; how many are a defect, and how many an error."""
-    counts = {"defect": 0, "error": 0}
+def judge_all(detector: ImageDetector, paths: Sequence[Path], folder: Path, rows: Rows, counts: Counts) -> None:
+    """Write a row, and what else is asked for, of every image."""
     judged = outcomes(detector, paths)
     for path, opened, found, seconds in progress(judged, total=len(paths), text="prediction", unit="images"):
+        counts.images += 1
         if isinstance(found, Prediction) and opened is not None:
             save_files(detector.config, folder, len(rows.done) + 1, path, opened, found)
-            counts["defect"] += bool(found.defective)
+            counts.defects += bool(found.defective)
         else:
-            counts["error"] += 1
+            counts.errors += 1
         rows.add(row_of(path, found, seconds))
-    return counts
 
 
 Outcome = tuple[Path, Opened | None, Prediction | str, float]

@@ -34,7 +34,7 @@ SURFACE = """
 --pattern-quantize --pictures --pixel-score --pool-type --pre-extract --preset --pretrained --pro-eval
 --pro-eval-interval --pro-score --profile --quantize-enable --quantize-type --quantize-weight --reassign-quantize
 --report --resume --save-maps --save-masks --schedule --seed --seeds --standardize --sub-epochs --tensorboard --top-k
---trust-masks --version --wandb-enable --warmup --weight-decay --weights --work-dir --workers -h
+--trust-masks --version --wandb-enable --warmup --watch --weight-decay --weights --work-dir --workers -h
 """
 
 RELEASED = {
@@ -76,6 +76,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "output": ("o --mode predict --eval_ckpt a.pt", "o"), "overlays": ("no", False),
     "save_maps": ("npy --mode predict --eval_ckpt a.pt", "npy"),
     "save_masks": ("--mode predict --eval_ckpt a.pt", True),
+    "watch": ("new --mode predict --eval_ckpt a.pt", "new"),
     "fail_on": ("defect --mode predict --eval_ckpt a.pt", "defect"),
     "eval_size": ("64", 64), "bootstrap": ("50", 50), "compare": ("", True), "report": ("no", False),
 }  # fmt: skip

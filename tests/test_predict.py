@@ -4,8 +4,11 @@ import csv
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -22,6 +25,7 @@ from main import main
 from predict import opened_batches, scaled
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
 
+ROOT = Path(__file__).resolve().parents[1]
 SCORES = ["--image-score", "surprise", "--pixel-score", "contrast", "--false-alarm-rate", "0.3"]
 ODD = os.fsdecode(b"o\xffdd.png") if sys.platform not in ("win32", "darwin") else "odd.png"
 
@@ -264,6 +268,46 @@ def test_a_mixed_folder_is_judged_in_one_run(
     assert sizes["dot.png"] == (1, 1)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is a signal elsewhere")
+def test_new_files_are_judged_once_and_whole(run_folder: Path, tree: Path, tmp_path: Path) -> None:
+    images = sorted((tree / "grid" / "test" / "good").rglob("*.png"))
+    inbox, out = tmp_path / "inbox", tmp_path / "inbox" / "out"
+    inbox.mkdir()
+    argv = ["--mode", "predict", "--eval_ckpt", str(run_folder), "--device", "cpu", "--watch", str(inbox)]
+    argv += ["--output", str(out)]
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "main.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    def wait_for(count: int) -> None:
+        for _ in range(600):
+            if (out / "scores.csv").is_file() and len(table(out)) >= count:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"{count} rows expected")
+
+    process = start()
+    (inbox / "first.png").write_bytes(images[0].read_bytes())
+    wait_for(1)
+    data = images[1].read_bytes()
+    with (inbox / "slow.png").open("wb", buffering=0) as file:
+        for part in range(8):
+            file.write(data[part * len(data) // 8 : (part + 1) * len(data) // 8])
+            time.sleep(0.4)
+    wait_for(2)
+    process.send_signal(signal.SIGINT)
+    assert "2 images: " in process.communicate()[0]
+    assert process.returncode == 0
+    (inbox / "third.png").write_bytes(images[2].read_bytes())
+    process = start()
+    wait_for(3)
+    time.sleep(2.5)
+    process.send_signal(signal.SIGINT)
+    assert "1 images: " in process.communicate()[0]
+    assert [Path(row["path"]).name for row in table(out)] == ["first.png", "slow.png", "third.png"]
+    assert not any(row["error"] for row in table(out))
+
+
 def test_maps_in_every_format(run_folder: Path, tree: Path, tmp_path: Path) -> None:
     image = next((tree / "bottle" / "test" / "scratch").iterdir())
     found = {}
@@ -318,6 +362,7 @@ def test_colour_begins_at_the_threshold() -> None:
     ("words", "expected"),
     [
         ([], "PATH: expected images or folders of them after --mode predict, but got none"),
+        (["--watch", "no/such/place"], "--watch: no such folder: no/such/place"),
         (["no/such/place"], "PATH: no such file or folder: no/such/place"),
         (["docs", "--class-names", "bottle", "grid"], "--class-names: expected one class in --mode predict, but got 2"),
     ],

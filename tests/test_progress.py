@@ -55,11 +55,6 @@ def test_a_part_of_a_run_tells_what_is_left_of_the_whole(clock: Clock, capsys: p
     ]
 
 
-def test_what_was_done_earlier_takes_no_time(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    list(progress(clock.items(20, 1.0), total=100, text="prediction", done=80))
-    assert capsys.readouterr().err.splitlines() == ["prediction: 90 of 100 batches, 1 batches/s, 10 s left"]
-
-
 def test_a_terminal_has_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -68,7 +68,7 @@ def test_every_setting_says_what_it_is_part_of() -> None:
 # --- test and export
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("mode", "runs", "seeds", "class_names", "eval_ckpt")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("mode", "paths", "seeds", "class_names", "eval_ckpt")])
 def test_a_checkpoint_fixes_what_is_part_of_its_model_and_data(name: str) -> None:
     asked, has = other(name), flat(content()["config"])[name]
     assert asked != has
@@ -142,7 +142,8 @@ def test_a_run_of_an_older_version_lacks_newer_settings(tmp_path: Path) -> None:
     config = make_config(**SAVED, work_dir=str(tmp_path))
     folder = new_run(config)
     old = to_dict(config)
-    del old["train"]["clip_norm"]
+    del old["train"]["clip_norm"], old["predict"]
+    old["run"]["runs"] = []  # version 1.0's name of `paths`
     (folder / "config.json").write_text(json.dumps(old), encoding="utf-8")
     assert resumed_run(config) == folder
     (folder / "config.json").write_text("{", encoding="utf-8")

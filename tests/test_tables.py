@@ -272,7 +272,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
         (tmp_path / part / "same").mkdir(parents=True)
         write_results(tmp_path / part / "same", results(make_config(quantize_type=kind)))
     runs = tuple(str(tmp_path / part / "same") for part in ("one", "two"))
-    shown = gather_runs(make_config(mode="table", runs=runs, work_dir=str(tmp_path)))
+    shown = gather_runs(make_config(mode="table", paths=runs, work_dir=str(tmp_path)))
     assert all(run in shown for run in runs)
     assert "quantize_type=naive" in shown
     assert "mean of" not in shown

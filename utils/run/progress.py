@@ -14,44 +14,41 @@ SECONDS, LONGEST, SHARE = 10.0, 60.0, 0.1  # between two lines: at least, at mos
 Item = TypeVar("Item")
 
 
-def progress(
-    items: Iterable[Item], *, total: int, text: str, unit: str = "batches", done: int = 0, more: int = 0
-) -> Iterator[Item]:
+def progress(items: Iterable[Item], *, total: int, text: str, unit: str = "batches", more: int = 0) -> Iterator[Item]:
     """The items, while the standard error output shows how far they are.
 
     Args:
         total: of this pass.
         text: what is done with them.
-        done: items that were dealt with earlier.
         more: passes as long as this one that are still to come; the time left is that of all of them.
     """
     if sys.stderr.isatty():
-        with tqdm(items, total=total, desc=text, unit=f" {unit}", initial=done, leave=False) as bar:
+        with tqdm(items, total=total, desc=text, unit=f" {unit}", leave=False) as bar:
             began = time.perf_counter()
             for number, item in enumerate(bar):
                 yield item
                 if more:
                     bar.set_postfix_str(f"{remaining(began, number + 1, total, more)} of the run left", refresh=False)
         return
-    yield from with_lines(items, total=total, text=text, unit=unit, done=done, more=more)
+    yield from with_lines(items, total=total, text=text, unit=unit, more=more)
 
 
-def with_lines(items: Iterable[Item], *, total: int, text: str, unit: str, done: int, more: int) -> Iterator[Item]:
+def with_lines(items: Iterable[Item], *, total: int, text: str, unit: str, more: int) -> Iterator[Item]:
     """The items and plain lines; a pass that is over soon has none."""
     began = last = time.perf_counter()
-    shown = done
+    shown = 0
     for number, item in enumerate(items, start=1):
         yield item
-        now, at = time.perf_counter(), done + number
-        late = now - last >= LONGEST or (now - last >= SECONDS and at - shown >= SHARE * total)
-        if late and at < total:
-            left = remaining(began, number, total - done, more)
+        now = time.perf_counter()
+        late = now - last >= LONGEST or (now - last >= SECONDS and number - shown >= SHARE * total)
+        if late and number < total:
+            left = remaining(began, number, total, more)
             whose = " of the run" if more else ""
             print(
-                f"{text}: {at} of {total} {unit}, {number / (now - began):.3g} {unit}/s, {left}{whose} left",
+                f"{text}: {number} of {total} {unit}, {number / (now - began):.3g} {unit}/s, {left}{whose} left",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
-            last, shown = now, at
+            last, shown = now, number
 
 
 def remaining(began: float, number: int, total: int, more: int) -> str:
