@@ -32,6 +32,7 @@ GOOD_NAMES = (
 SCORES = ("mul", "add", "likelihood", "surprise", "contrast")
 ABSOLUTE = ("likelihood", "surprise", "contrast")  # scores by which images can be compared
 CALIBRATED = ("surprise", "contrast")  # scores in units of what normal images have
+JUDGING = ("test", "predict", "export")  # modes that need a checkpoint
 
 
 class UsageError(ValueError):
@@ -388,11 +389,46 @@ class EvalConfig(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictConfig(Part):
+    """What --mode predict writes."""
+
+    output: str | None = option(
+        None,
+        "folder for what is predicted; what an earlier prediction left there is kept, and its images are not judged "
+        "again (default: predict, predict-2, ... beside the checkpoint)",
+        binds="free",
+    )
+    overlays: bool = option(
+        True, "write each image at its own size, grey where it is normal and coloured where it is not", binds="free"
+    )
+    save_maps: str | None = option(
+        None,
+        "write score maps at the images' own size: as float32 (npy, tiff), or as 100 score + 32768 in 16 bits (png16)",
+        binds="free",
+        choices=("npy", "tiff", "png16"),
+    )
+    save_masks: bool = option(
+        False, "write masks at the images' own size: 255 where the map is above its threshold", binds="free"
+    )
+    watch: str | None = option(
+        None, "folder whose new images are judged as they come, until the program is interrupted", binds="free"
+    )
+    fail_on: str | None = option(
+        None, "leave with status 3 if an image is defective", binds="free", choices=("defect",)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Part):
     """Where and on what the program runs."""
 
-    mode: str = option("train", "what to do", binds="free", choices=("train", "test", "table", "export"))
-    runs: tuple[str, ...] = option((), "run folders that --mode table gathers into one table", binds="free")
+    mode: str = option("train", "what to do", binds="free", choices=("train", "test", "predict", "table", "export"))
+    paths: tuple[str, ...] = option(
+        (),
+        "run folders that --mode table gathers into one table; images and folders of them that --mode predict judges, "
+        "- for a list of them on standard input",
+        binds="free",
+    )
     work_dir: str = option("work_dirs", "folder for run folders", binds="free")
     device: str = option("auto", "where to compute: auto, cuda, cuda:1 (the second GPU), cpu or mps", binds="free")
     name: str | None = option(
@@ -409,10 +445,10 @@ class RunConfig(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.runs and self.mode != "table":
-            raise UsageError(f"RUN: run folders are for --mode table alone, but got {self.runs[0]!r}")
-        if self.mode == "table" and not self.runs:
-            raise UsageError("RUN: expected run folders after --mode table, but got none")
+        if self.paths and self.mode not in ("table", "predict"):
+            raise UsageError(f"PATH: paths are for --mode table and predict alone, but got {self.paths[0]!r}")
+        if self.mode == "table" and not self.paths:
+            raise UsageError("PATH: expected run folders after --mode table, but got none")
         if self.seeds and self.mode != "train":
             raise UsageError(f"--seeds: trains one model per seed, so it needs --mode train, but got {self.mode}")
         if len(set(self.seeds)) < len(self.seeds):
@@ -431,10 +467,11 @@ class Config:
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    predict: PredictConfig = PredictConfig()
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
-        if self.run.mode in ("test", "export") and not self.eval.eval_ckpt:
+        if self.run.mode in JUDGING and not self.eval.eval_ckpt:
             raise UsageError(f"--eval_ckpt: expected a checkpoint file in --mode {self.run.mode}, but got none")
         if self.data.pre_extract and self.data.cache == "none":
             raise UsageError("--pre-extract: contradicts --cache none; leave one of them out")
@@ -457,7 +494,8 @@ class Config:
 
 
 PARTS: dict[str, type[Part]] = {
-    "data": DataConfig, "model": ModelConfig, "train": TrainConfig, "eval": EvalConfig, "run": RunConfig,
+    "data": DataConfig, "model": ModelConfig, "train": TrainConfig, "eval": EvalConfig, "predict": PredictConfig,
+    "run": RunConfig,
 }  # fmt: skip
 
 
@@ -527,4 +565,5 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
         UsageError: a value out of its range, or a part or name that this version does not know.
     """
     known: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in flat(values).items()}
+    known.pop("runs", None)  # of version 1.0: paths on the command line, which belong to no run
     return make_config(**known)

@@ -17,6 +17,7 @@ from typing import Any
 
 from default import (
     FIXED,
+    JUDGING,
     PARTS,
     PRESETS,
     Config,
@@ -34,16 +35,22 @@ DESCRIPTION = "Train one VQ-Flow anomaly detector for all classes, evaluate it, 
 
 # What a switch or choice needs to do anything: its field, the test, the advice.
 _CODEBOOKS = (lambda c: c.model.quantize_enable, "does nothing without --quantize-enable; add that, or leave it out")
-_TRAINING = (lambda c: c.run.mode == "train", "does nothing in --mode test; leave it out")
+_PREDICTING = (lambda c: c.run.mode == "predict", "does nothing without --mode predict; leave it out")
+_TRAINING = (lambda c: c.run.mode == "train", "does nothing without --mode train; leave it out")
 NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "quantize_type": _CODEBOOKS,
     "codebooks": _CODEBOOKS,
     "reassign_quantize": _CODEBOOKS,
     "weights": (lambda c: c.model.pretrained, "contradicts --no-pretrained; leave one of them out"),
     "eval_ckpt": (
-        lambda c: c.run.mode in ("test", "export"),
+        lambda c: c.run.mode in JUDGING,
         "does nothing in --mode train; to go on with a run, use --resume",
     ),
+    "output": _PREDICTING,
+    "save_maps": _PREDICTING,
+    "save_masks": _PREDICTING,
+    "fail_on": _PREDICTING,
+    "watch": _PREDICTING,
     "resume": _TRAINING,
     "tensorboard": _TRAINING,
     "wandb_enable": _TRAINING,
@@ -74,8 +81,8 @@ def build_parser() -> Parser:
 def add_flag(group: Any, entry: Field) -> None:
     """The flag of one field, with its default in the help text."""
     kind, meta = str(entry.type), entry.metadata
-    if entry.name == "runs":
-        group.add_argument(entry.name, nargs="*", metavar="RUN", help=meta["help"])
+    if entry.name == "paths":
+        group.add_argument(entry.name, nargs="*", metavar="PATH", help=meta["help"])
         return
     text = meta["help"] + (f" (default: {shown(entry.default)})" if entry.default not in (None, ()) else "")
     names = list(dict.fromkeys([flag_of(entry.name), "--" + entry.name.replace("_", "-")]))
@@ -100,7 +107,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, dict[str, Any], bool]:
     parser, words = build_parser(), [hyphenated(word) for word in argv]
     namespace, unknown = parser.parse_known_args(words)
     typed = vars(namespace)
-    if typed.get("mode") != "table":
+    if typed.get("mode") not in ("table", "predict"):
         refuse_surplus(parser, words)
     if unknown:
         raise UsageError(unknown_flag(unknown[0]))
@@ -110,7 +117,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, dict[str, Any], bool]:
         raise UsageError("--seed: --seeds was given too; use one of them")
     config = make_config(preset, **asked)
     refuse_void(config, typed)
-    fixed = settings_of(*FIXED) if config.run.mode in ("test", "export") else ()
+    fixed = settings_of(*FIXED) if config.run.mode in JUDGING else ()
     row = {n: value for n, value in PRESETS[preset].items() if n not in fixed} if preset else {}
     return config, row | asked, dry
 
@@ -159,13 +166,12 @@ def hyphenated(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def run(argv: Sequence[str]) -> None:
-    """Do what the command line says."""
+def run(argv: Sequence[str]) -> int:
+    """Do what the command line says; the status."""
     config, chosen, dry = parse(argv)
     if dry:
         print(json.dumps({"version": __version__} | to_dict(config), indent=2))
-        return
-    if config.run.mode == "train":
+    elif config.run.mode == "train":
         from train import run_training
 
         for_each_seed(config, run_training)
@@ -173,6 +179,10 @@ def run(argv: Sequence[str]) -> None:
         from utils.report.gather import gather_runs
 
         print(gather_runs(config))
+    elif config.run.mode == "predict":
+        from predict import run_predict
+
+        return run_predict(config, chosen)
     elif config.run.mode == "export":
         from export import run_export
 
@@ -181,6 +191,7 @@ def run(argv: Sequence[str]) -> None:
         from test import run_test
 
         run_test(config, chosen)
+    return 0
 
 
 def for_each_seed(config: Config, train: Callable[[Config], Path]) -> None:
@@ -214,14 +225,13 @@ def guarded(argv: Sequence[str]) -> int:
     """Run; the status. The user's mistakes become one line."""
     warnings.filterwarnings("ignore", message="Mapping deprecated model name")
     try:
-        run(argv)
+        return run(argv)
     except UsageError as error:
         print(printable(f"main.py: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last finished meta epoch", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

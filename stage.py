@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from datasets.cache import FeatureSize, cache_key, check_space, make_store, to_half
 from datasets.features import CachedFeatures, LiveFeatures
@@ -41,6 +40,7 @@ from models.scorer import Scorer, ScoreRule
 from models.vqflow import VQFlow, pool_features
 from utils.run.device import autocast, check_compiler, has_bfloat16, resolve_device
 from utils.run.folders import check_writable
+from utils.run.progress import progress
 from utils.run.seed import seed_everything
 from utils.run.upgrade import FORMAT, OLD
 
@@ -64,7 +64,6 @@ class Stage:
             print(f"--amp-enable: this {self.device.type} has no units for bfloat16; computing in float32")
         if config.train.compile:
             check_compiler(self.device)
-        self.cache = check_writable(config.run.work_dir) / "cache"
         seed_everything(config.run.seed)  # for an extractor with random weights
         model = config.model
         self.extractor = FrozenExtractor(
@@ -77,6 +76,11 @@ class Stage:
         self.fingerprint = self.extractor.fingerprint()
         self.workers = resolve_workers(config.data.workers, self.device.type)
         self._loaders: list[ImageLoader] = []
+
+    @property
+    def cache(self) -> Path:
+        """Where features are kept on disk; who judges single images needs no such folder."""
+        return check_writable(self.config.run.work_dir) / "cache"
 
     def build_flow(self) -> VQFlow:
         """A new flow, its random choices drawn from the seed."""
@@ -160,7 +164,7 @@ class Stage:
             return LiveFeatures(loader, self.extract, self.device)
         store = make_store(
             place, folder, ordered, self.extract, device=self.device,
-            progress=lambda batches, text: tqdm(batches, desc=text, leave=False),
+            progress=lambda batches, text: progress(batches, total=len(ordered), text=text),
         )  # fmt: skip
         ordered.end_workers()
         return CachedFeatures(loader, store, self.device)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from datasets import are_unseen, build_datasets, present_classes, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
@@ -26,8 +25,10 @@ from utils.metrics.published import comparison_rows
 from utils.report.images import Album, EvalResult, ImageResult
 from utils.report.page import ClassPage, curves_of, report_run
 from utils.report.results import Results, write_results
+from utils.report.verdicts import write_scores
 from utils.run.checkpoint import read_checkpoint
 from utils.run.folders import new_run, write_config
+from utils.run.progress import progress
 
 
 def evaluate(
@@ -140,7 +141,8 @@ def finish(
         by_name[image.class_name].append(image)
     drawn = {name: ([i.label for i in images], [i.score for i in images]) for name, images in by_name.items()}
     count = config.eval.bootstrap
-    intervals = bootstrap(drawn, count, config.run.seed) if count else None
+    evaluated = any(by_name.values())
+    intervals = bootstrap(drawn, count, config.run.seed) if count and evaluated else None
     chosen = [(image.concept, image.class_name) for part in parts for image in part.images if image.concept is not None]
     shared = config.data.multi_class  # models of their own have concepts of their own
     concepts = agreement(*zip(*chosen, strict=True)) if chosen and shared and len(classes) > 1 else None
@@ -151,7 +153,8 @@ def finish(
         intervals=intervals,
         concepts=concepts,
         config=config,
-        decided=decided,
+        decided=decided if evaluated else None,
+        evaluated=evaluated,
         unseen=unseen,
     )
     lines = [write_results(folder, results), f"run folder: {folder}"]
@@ -199,17 +202,23 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         class_names = resolve_classes(own.data)
         readings = image_readings(content, class_names)
         train, test = build_datasets(own.data, class_names, own.score_size, readings)
+        if not test.items:
+            continue
         stage = Stage(own, normalization_of(content))
         detector = load_detector(content, stage, str(path))
         source = stage.ordered_features(test)
-        batches = tqdm(source.epoch(0), total=len(source), desc="evaluation", leave=False)
+        batches = progress(source.epoch(0), total=len(source), text="evaluation")
         parts.append(evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval)))
         folder = folder or new_run(own)
+        write_scores(folder, (image for part in parts for image in part.images))
         sets = (*split_holdout(train, own.data.holdout), test)
         unseen = unseen and are_unseen(*sets[:2])
         pages |= present(stage, detector, sets, parts[-1], folder / "pictures", len(class_names) * len(paths))
     if folder is None:
-        raise UsageError(f"--data-path: no class of {config.eval.eval_ckpt} is there")
+        raise UsageError(
+            f"--data-path: no class of {config.eval.eval_ckpt} with test images is there; --mode predict judges images "
+            "without labels"
+        )
     own = replace(own, data=replace(own.data, class_names=tuple(n for part in parts for n in part.classes)))
     write_config(folder, own)
     finish(folder, own, parts, None, pages, unseen=unseen)

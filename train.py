@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from datasets import are_unseen, build_datasets, evenly_spread, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
@@ -30,12 +29,14 @@ from stage import Source, Stage, load_decision, load_scorer
 from test import evaluate, finish
 from utils.report.images import EvalResult
 from utils.report.page import ClassPage
+from utils.report.verdicts import write_scores
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
 from utils.run.device import autocast
 from utils.run.folders import new_folder, resumed_run, run_name, write_config
 from utils.run.lock import locked
 from utils.run.log import RunLog, optional
 from utils.run.profile import traced
+from utils.run.progress import progress
 from utils.run.schedule import learning_rate
 from utils.run.seed import random_state, restore_random_state
 from utils.run.text import printable
@@ -311,6 +312,9 @@ def run_training(config: Config) -> Path:
                 fitted = fit_group(stage, detector, group, source, (kept, normal, test_set), own)
             parts.append(fitted.last)
             best = fitted.best_on_test if config.data.multi_class else None
+            if not test_set.items:
+                continue
+            write_scores(folder, (image for part in parts for image in part.images))
             sets = (kept, normal, test_set)
             pages |= present(stage, detector, sets, fitted.last, folder / "pictures", len(class_names))
         finish(folder, config, parts, best, pages, unseen=all(are_unseen(*split) for split in splits))
@@ -330,10 +334,13 @@ def fit_group(
     `others` are the training images, the normal images that calibrate, and the test images.
     """
     config, (kept, normal, test_set) = stage.config, others
-    test_source, wanted = stage.ordered_features(test_set), pictured(test_set, config.eval)
+    test_source = stage.ordered_features(test_set) if test_set.items else None
+    wanted = pictured(test_set, config.eval)
 
     def evaluation(detector: Detector) -> EvalResult:
-        batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
+        if test_source is None:
+            return evaluate(detector, (), group, config.eval)
+        batches = progress(test_source.epoch(0), total=len(test_source), text="evaluation")
         return evaluate(detector, batches, group, config.eval, wanted=wanted)
 
     supply = supply_of(stage, source, kept, normal if are_unseen(kept, normal) else None)
@@ -351,11 +358,12 @@ def supply_of(stage: Stage, source: Source, kept: ImageFolder, held_out: ImageFo
     units, deciding = (held_features(stage, held_out, numbers) for numbers in roles(held_out))
 
     def training(sub: int) -> Iterable[FeatureBatch]:
-        return tqdm(source.epoch(sub), total=len(source), desc=f"sub epoch {sub + 1}/{total}", leave=False)
+        text = f"sub epoch {sub + 1}/{total}"
+        return progress(source.epoch(sub), total=len(source), text=text, more=total - sub - 1)
 
     return Supply(
         training=training, steps=len(source), images=len(kept), sample=lambda: sample.epoch(0),
-        everything=lambda: tqdm(everything.epoch(0), total=len(everything), desc="first look", leave=False),
+        everything=lambda: progress(everything.epoch(0), total=len(everything), text="first look"),
         units=units, deciding=deciding,
     )  # fmt: skip
 
@@ -424,7 +432,7 @@ def progress_line(
     line = f"meta epoch {epoch}/{last}  loss {stats.loss:.4g}  {words} {likelihood['train']:.3f}"
     if "held_out" in likelihood:
         line += f" (held out: {likelihood['held_out']:.3f})"
-    if result is None:
+    if result is None or not result.images:
         return line
     line += f"  image AUROC {100 * result.mean.image_auroc:.1f}"
     if config.eval.loc_eval or epoch == last:

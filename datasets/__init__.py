@@ -44,9 +44,9 @@ def resolve_classes(data: DataConfig) -> tuple[str, ...]:
         UsageError: a class that the data set does not have, or no classes in the folder.
     """
     spec, root = SPECS[data.dataset], resolve_root(data)
-    known = spec.classes or tuple(p.name for p in walk.subfolders(root) if (p / "train").is_dir())
+    known = spec.classes or tuple(walk.own_classes(root, data.good_names))
     if not known:
-        raise UsageError(f"--data-path: no folder in {root} has a train folder; expected {root}/CLASS/train/good")
+        raise UsageError(f"--data-path: no images in {root}; expected {root}/CLASS/train/good, or good images alone")
     for name in data.class_names:
         if name not in ("all", *known):
             article = "an" if spec.title[0] in "AEIOM" else "a"
@@ -55,10 +55,17 @@ def resolve_classes(data: DataConfig) -> tuple[str, ...]:
     return known if "all" in data.class_names else tuple(name for name in known if name in data.class_names)
 
 
+def class_folder(data: DataConfig, name: str) -> Path:
+    """Where a class of the data set lies, or would."""
+    root = resolve_root(data)
+    own = {} if SPECS[data.dataset].classes else walk.own_classes(root, data.good_names)
+    return own.get(name, root / name)
+
+
 def present_classes(data: DataConfig, class_names: Sequence[str]) -> tuple[str, ...]:
     """Those of a model's classes that the data set holds; a line says so if it does not hold all of them."""
     root = resolve_root(data)
-    there = tuple(name for name in class_names if (root / name).is_dir())
+    there = tuple(name for name in class_names if class_folder(data, name).is_dir())
     if len(there) < len(class_names):
         names = ", ".join(there) or "none"
         print(printable(f"{root} holds {len(there)} of the model's {len(class_names)} classes: {names}"))
@@ -104,9 +111,10 @@ def scan_classes(data: DataConfig, class_names: Sequence[str]) -> dict[str, Scan
     """
     root, scans = resolve_root(data), {}
     for index, name in enumerate(class_names):
-        if not (root / name).is_dir():
+        folder = class_folder(data, name)
+        if not folder.is_dir():
             raise UsageError(f"--data-path: no folder of the class {name!r} in {root}")
-        scans[name] = SPECS[data.dataset].scan(root / name, index, data.good_names)
+        scans[name] = SPECS[data.dataset].scan(folder, index, data.good_names)
     return scans
 
 
@@ -121,6 +129,11 @@ def settle(name: str, scan: Scan, data: DataConfig, readings: Mapping[str, Readi
 def announce(name: str, scan: Scan) -> None:
     """What there is of a class, and loudly what there is not."""
     print(printable(scan.line(name)))
+    if not scan.test:
+        count = scan.ignored.get("test", 0)
+        more = f"; its {count} images in test/ have no labels, --mode predict judges them" if count else ""
+        print(printable(f"warning: {name} has no test images: it is not evaluated{more}"), file=sys.stderr)
+        return
     labels = {item.label for item in scan.test}
     for label, kind, lost in ((0, "good", "metrics that compare with them"), (1, "defective", "nearly all metrics")):
         if label not in labels:

@@ -55,15 +55,20 @@ def read_pixels(path: Path, max_pixels: int = MAX_PIXELS) -> Pixels:
 
 def _shallow(path: Path) -> Pixels:
     with Image.open(path) as image:
-        before = orientation_of(image)
-        image.load()
-        left = orientation_of(image)  # newer Pillow turns TIFF files by itself
-        if image.mode not in MODES:
-            raise UsageError(f"{path}: expected grey, RGB, CMYK or a palette, but got {image.mode}")
-        lossy = image.format in LOSSY or image.info.get("compression") in ("jpeg", "tiff_jpeg")
-        lossy = lossy or (image.format == "WEBP" and is_lossy_webp(path))
-        upright = image.transpose(UPRIGHT[left]) if left in UPRIGHT else image
-        return Pixels(image=upright, orientation=max(left, before), lossy=lossy)
+        return shallow(path, image)
+
+
+def shallow(path: Path, image: Image.Image) -> Pixels:
+    """An image of 8 bits per channel that Pillow opened from a file at `path`, if there is one."""
+    before = orientation_of(image)
+    image.load()
+    left = orientation_of(image)  # newer Pillow turns TIFF files by itself
+    if image.mode not in MODES:
+        raise UsageError(f"{path}: expected grey, RGB, CMYK or a palette, but got {image.mode}")
+    lossy = image.format in LOSSY or image.info.get("compression") in ("jpeg", "tiff_jpeg")
+    lossy = lossy or (image.format == "WEBP" and is_lossy_webp(path))
+    upright = image.transpose(UPRIGHT[left]) if left in UPRIGHT else image
+    return Pixels(image=upright, orientation=max(left, before), lossy=lossy)
 
 
 def is_lossy_webp(path: Path) -> bool:

@@ -114,12 +114,15 @@ def find_mask(image: Path, kind: Path, truth: Path, tree: Tree) -> Path:
 def scan_mvtec(folder: Path, class_index: int, good_names: Sequence[str], *, masks_optional: bool = False) -> Scan:
     """What a class in MVTec layout holds.
 
-    With `masks_optional` a class may have no ground_truth folder at all; a folder that lacks one mask is an error.
+    With `masks_optional` a class may have no ground_truth folder at all (a folder that lacks one mask is an error), no
+    test images, and its good images without a train folder around them.
 
     Raises:
-        UsageError: no training or test images, or a defective image without its mask.
+        UsageError: no training images, no test images where there must be some, or a defective image without its mask.
     """
     train, test = normal_items(folder / "train", class_index, good_names), []
+    if masks_optional and not (folder / "train").is_dir():
+        train = loose_items(folder, class_index, good_names)
     if not train:
         there = ", ".join(kind.name for kind in subfolders(folder / "train"))
         held = f"; train holds {there}, and --good-names says what is good" if there else ""
@@ -134,7 +137,7 @@ def scan_mvtec(folder: Path, class_index: int, good_names: Sequence[str], *, mas
         for p in image_files(kind):
             mask = None if good or unmasked else find_mask(p, kind, truth, tree)
             test.append(made_item(p, kind, mask, int(not good), class_index))
-    if not test:
+    if not test and not masks_optional:
         raise UsageError(
             f"--data-path: {folder} lacks images in test (test/{GOOD} and one folder for each kind of defect)"
         )
@@ -145,6 +148,42 @@ def normal_items(folder: Path, class_index: int, good_names: Sequence[str]) -> l
     """The images in the good ones of a folder's folders."""
     kinds = [kind for kind in subfolders(folder) if is_good(kind.name, good_names)]
     return [made_item(p, kind, None, 0, class_index) for kind in kinds for p in image_files(kind)]
+
+
+def loose_items(folder: Path, class_index: int, good_names: Sequence[str]) -> list[Item]:
+    """The good images of a class without a train folder: those in CLASS/good, else those that lie in CLASS itself."""
+    found = normal_items(folder, class_index, good_names)
+    if found:
+        return found
+    return [replace(made_item(p, folder, None, 0, class_index), kind=GOOD) for p in loose_images(folder)]
+
+
+def loose_images(folder: Path) -> list[Path]:
+    """The images that lie in a folder itself."""
+    return [p for p in entries(folder) if is_image(p) and p.is_file()]
+
+
+def own_classes(root: Path, good_names: Sequence[str]) -> dict[str, Path]:
+    """The classes of a user's own images and their folders: those with a train folder; without any, `root` itself if it
+    holds train, test, a good folder or images; else the folders with images in them.
+
+    Raises:
+        UsageError: images lie beside folders that may be classes.
+    """
+    folders = subfolders(root)
+    trained = {p.name: p for p in folders if (p / "train").is_dir()}
+    if trained:
+        return trained
+    names = {p.name.casefold() for p in folders}
+    whole = bool(names & {"train", "test"}) or any(is_good(name, good_names) for name in names)
+    others = {p.name: p for p in folders if image_files(p)}
+    loose = loose_images(root)
+    if loose and others and not whole:
+        raise UsageError(
+            f"--data-path: {root} holds both images ({loose[0].name}) and folders of them ({', '.join(others)}); "
+            "expected one folder of good images, or one for each class"
+        )
+    return {root.resolve().name: root} if whole or loose else others
 
 
 def made_item(path: Path, kind: Path, mask: Path | None, label: int, class_index: int) -> Item:
@@ -167,7 +206,7 @@ def sort_of(path: Path, folder: Path) -> str:
 
 
 def scan_own(folder: Path, class_index: int, good_names: Sequence[str]) -> Scan:
-    """A class of the user's own images: MVTec layout, masks as a whole optional."""
+    """A class of the user's own images: MVTec layout, masks and test images optional, or good images alone."""
     return scan_mvtec(folder, class_index, good_names, masks_optional=True)
 
 

@@ -41,7 +41,7 @@ MISTAKES = {
     "two presets": (["--preset", "cpu", "fast"], "--preset: expected one value, but got cpu fast"),
     "switch with a value": (["--multi-class", "yes"], "--multi-class: expected no value, but got yes"),
     "surplus before a flag": (["--limit", "3", "4", "--lr", "1"], "--limit: expected one value, but got 3 4"),
-    "lonely word": (["bottle"], "RUN: run folders are for --mode table alone, but got 'bottle'"),
+    "lonely word": (["bottle"], "PATH: paths are for --mode table and predict alone, but got 'bottle'"),
     "device": (["--device", "tpu"], "--device: expected one of auto, cuda, cuda:N, cpu, mps, but got 'tpu'"),
     "index": (["--device", "cpu:1"], "--device: expected one of auto, cuda, cuda:N, cpu, mps, but got 'cpu:1'"),
 }

@@ -25,16 +25,16 @@ SURFACE = """
 --accumulate --amp-enable --background --batch-size --bit-depth --bootstrap --c-conds --c-pos-conds --cache
 --checkpoint-activations --clamp --class-names --clip-norm --codebooks --compare --compile --concat-pos --conditioning
 --data-path --dataset --device --dim-cpc --dry-run --eval-ckpt --eval-interval --eval-size --eval_ckpt --extractor
---false-alarm-rate --float-range --fpr-limit --good-names --help --holdout --image-score --input-size --k-cpc --k-cspc
---limit --loc-eval --lr --max-pixels --memory --meta-epochs --mixed-gaussian --mode --multi-class --name
---no-amp-enable --no-checkpoint-activations --no-compare --no-compile --no-concat-pos --no-loc-eval
---no-mixed-gaussian --no-multi-class --no-pattern-quantize --no-pre-extract --no-pretrained --no-pro-eval
---no-quantize-enable --no-reassign-quantize --no-report --no-resume --no-standardize --no-tensorboard --no-trust-masks
---no-wandb-enable --noise --objective --parallel-blocks --pattern-quantize --pictures --pixel-score --pool-type
---pre-extract --preset --pretrained --pro-eval --pro-eval-interval --pro-score --profile --quantize-enable
---quantize-type --quantize-weight --reassign-quantize --report --resume --schedule --seed --seeds --standardize
---sub-epochs --tensorboard --top-k --trust-masks --version --wandb-enable --warmup --weight-decay --weights --work-dir
---workers -h
+--fail-on --false-alarm-rate --float-range --fpr-limit --good-names --help --holdout --image-score --input-size
+--k-cpc --k-cspc --limit --loc-eval --lr --max-pixels --memory --meta-epochs --mixed-gaussian --mode --multi-class
+--name --no-amp-enable --no-checkpoint-activations --no-compare --no-compile --no-concat-pos --no-loc-eval
+--no-mixed-gaussian --no-multi-class --no-overlays --no-pattern-quantize --no-pre-extract --no-pretrained
+--no-pro-eval --no-quantize-enable --no-reassign-quantize --no-report --no-resume --no-save-masks --no-standardize
+--no-tensorboard --no-trust-masks --no-wandb-enable --noise --objective --output --overlays --parallel-blocks
+--pattern-quantize --pictures --pixel-score --pool-type --pre-extract --preset --pretrained --pro-eval
+--pro-eval-interval --pro-score --profile --quantize-enable --quantize-type --quantize-weight --reassign-quantize
+--report --resume --save-maps --save-masks --schedule --seed --seeds --standardize --sub-epochs --tensorboard --top-k
+--trust-masks --version --wandb-enable --warmup --watch --weight-decay --weights --work-dir --workers -h
 """
 
 RELEASED = {
@@ -72,7 +72,12 @@ OTHER: dict[str, tuple[str, Any]] = {
     "max_pixels": ("9", 9), "good_names": ("gut fein", ["gut", "fein"]), "trust_masks": ("", True),
     "holdout": ("0.1", 0.1), "memory": ("100", 100),
     "cache": ("ram", "ram"), "accumulate": ("2", 2), "compile": ("", True), "checkpoint_activations": ("", True),
-    "profile": ("3", 3), "seeds": ("1 2", [1, 2]), "name": ("mine", "mine"), "runs": ("a b --mode table", ["a", "b"]),
+    "profile": ("3", 3), "seeds": ("1 2", [1, 2]), "name": ("mine", "mine"), "paths": ("a b --mode table", ["a", "b"]),
+    "output": ("o --mode predict --eval_ckpt a.pt", "o"), "overlays": ("no", False),
+    "save_maps": ("npy --mode predict --eval_ckpt a.pt", "npy"),
+    "save_masks": ("--mode predict --eval_ckpt a.pt", True),
+    "watch": ("new --mode predict --eval_ckpt a.pt", "new"),
+    "fail_on": ("defect --mode predict --eval_ckpt a.pt", "defect"),
     "eval_size": ("64", 64), "bootstrap": ("50", 50), "compare": ("", True), "report": ("no", False),
 }  # fmt: skip
 
@@ -89,7 +94,7 @@ def flags(name: str) -> tuple[list[str], Any]:
     """What `OTHER` types for a field, and what it expects."""
     typed, expected = OTHER[name]
     flag = flag_of(name)
-    named = [] if name == "runs" else [flag]  # the only words without a flag
+    named = [] if name == "paths" else [flag]  # the only words without a flag
     return [flag.replace("--", "--no-", 1)] if typed == "no" else [*named, *typed.split()], expected
 
 
@@ -153,7 +158,7 @@ def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for kind in PARTS.values():
         for entry in fields(kind):  # type: ignore[arg-type]
-            assert flag_of(entry.name) in text or entry.name == "runs"
+            assert flag_of(entry.name) in text or entry.name == "paths"
             if isinstance(entry.default, (int, float, str)) and not isinstance(entry.default, bool):
                 assert f"(default: {entry.default})" in text
     assert "(default: 2 5 8)" in text

@@ -1,4 +1,7 @@
-"""Imports go one way: default <- utils <- datasets, models <- stage <- show <- test, export <- train <- main."""
+"""Imports go one way.
+
+default <- utils <- datasets, models <- stage <- show <- test, export, detector <- train, predict <- main.
+"""
 
 import ast
 from pathlib import Path
@@ -16,7 +19,9 @@ MAY_IMPORT = {
     "test": {"default", "utils", "datasets", "models", "stage", "show"},
     "train": {"default", "utils", "datasets", "models", "stage", "show", "test"},
     "export": {"default", "utils", "datasets", "models", "stage"},
-    "main": {"default", "utils", "datasets", "models", "stage", "show", "test", "train", "export"},
+    "detector": {"default", "utils", "datasets", "models", "stage"},
+    "predict": {"default", "utils", "datasets", "models", "stage", "detector"},
+    "main": {"default", "utils", "datasets", "models", "stage", "show", "test", "train", "export", "predict"},
 }
 FILES = sorted(
     p

@@ -31,7 +31,7 @@ def flag_row(entry: Field) -> str:
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
     shown = {"True": "on", "False": "off", "None": ""}.get(shown, f"{default:.3g}" if type(default) is float else shown)
     choices = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""
-    name = "RUN ..." if entry.name == "runs" else flag_of(entry.name)
+    name = "PATH ..." if entry.name == "paths" else flag_of(entry.name)
     return f"| `{name}` | {shown} | {meta['help'].replace('%%', '%')}{choices} |"
 
 

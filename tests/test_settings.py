@@ -68,7 +68,7 @@ def test_every_setting_says_what_it_is_part_of() -> None:
 # --- test and export
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("mode", "runs", "seeds", "class_names", "eval_ckpt")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("mode", "paths", "seeds", "class_names", "eval_ckpt")])
 def test_a_checkpoint_fixes_what_is_part_of_its_model_and_data(name: str) -> None:
     asked, has = other(name), flat(content()["config"])[name]
     assert asked != has
@@ -121,7 +121,7 @@ def test_of_a_preset_a_checkpoint_heeds_only_what_it_does_not_fix() -> None:
 # --- resume and tables
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("runs", "mode", "eval_ckpt")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("paths", "mode", "eval_ckpt")])
 def test_a_resumed_run_keeps_what_its_results_are_made_of(name: str, tmp_path: Path) -> None:
     saved = SAVED | {"work_dir": str(tmp_path)}
     folder = new_run(make_config(**saved))
@@ -142,7 +142,8 @@ def test_a_run_of_an_older_version_lacks_newer_settings(tmp_path: Path) -> None:
     config = make_config(**SAVED, work_dir=str(tmp_path))
     folder = new_run(config)
     old = to_dict(config)
-    del old["train"]["clip_norm"]
+    del old["train"]["clip_norm"], old["predict"]
+    old["run"]["runs"] = []  # version 1.0's name of `paths`
     (folder / "config.json").write_text(json.dumps(old), encoding="utf-8")
     assert resumed_run(config) == folder
     (folder / "config.json").write_text("{", encoding="utf-8")

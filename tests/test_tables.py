@@ -272,7 +272,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
         (tmp_path / part / "same").mkdir(parents=True)
         write_results(tmp_path / part / "same", results(make_config(quantize_type=kind)))
     runs = tuple(str(tmp_path / part / "same") for part in ("one", "two"))
-    shown = gather_runs(make_config(mode="table", runs=runs, work_dir=str(tmp_path)))
+    shown = gather_runs(make_config(mode="table", paths=runs, work_dir=str(tmp_path)))
     assert all(run in shown for run in runs)
     assert "quantize_type=naive" in shown
     assert "mean of" not in shown
@@ -281,9 +281,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--mode", "table"], "RUN: expected run folders after --mode table, but got none"),
-        (["--mode", "table", "tests"], "RUN: expected a run folder with a results.json, but got tests"),
-        (["work_dirs/run"], "RUN: run folders are for --mode table alone, but got 'work_dirs/run'"),
+        (["--mode", "table"], "PATH: expected run folders after --mode table, but got none"),
+        (["--mode", "table", "tests"], "PATH: expected a run folder with a results.json, but got tests"),
+        (["work_dirs/run"], "PATH: paths are for --mode table and predict alone, but got 'work_dirs/run'"),
         (["--mode", "test", "--eval_ckpt", "x", "--seeds", "1"], "--seeds: trains one model per seed"),
         (["--seeds", "1", "1"], "--seeds: expected different seeds, but got 1 1"),
         (["--seeds", "1", "--seed", "2"], "--seed: --seeds was given too"),

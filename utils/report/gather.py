@@ -25,7 +25,8 @@ from utils.report.tables import (
 from utils.run.folders import new_folder, run_name, write_config
 from utils.run.log import plain
 
-SAME = {"seed", *settings_of("free")}  # settings by which two runs do not differ; the seed is looked at apart
+# Settings by which two runs do not differ; the seed is looked at apart, and `paths` was `runs` in version 1.0.
+SAME = {"seed", "runs", *settings_of("free")}
 SETTINGS = "settings"
 CSV_COLUMNS = [name for c in COLUMNS for name in (c, f"{c}_sd")]
 Spread = tuple[float, float]  # mean, standard deviation
@@ -67,7 +68,7 @@ def read_run(path: str | Path) -> Run:
     folder = Path(path)
     file = folder / "results.json"
     if not file.is_file():
-        raise UsageError(f"RUN: expected a run folder with a results.json, but got {path}")
+        raise UsageError(f"PATH: expected a run folder with a results.json, but got {path}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return Run(
@@ -77,7 +78,7 @@ def read_run(path: str | Path) -> Run:
             deviation={m: NAN if v is None else v for m, v in content.get("deviation", {}).get("mean", {}).items()},
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"RUN: {file} cannot be read as results of a run") from error
+        raise UsageError(f"PATH: {file} cannot be read as results of a run") from error
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -164,7 +165,7 @@ def gather_runs(config: Config) -> str:
     Raises:
         UsageError: a folder without results.
     """
-    runs = [read_run(path) for path in config.run.runs]
+    runs = [read_run(path) for path in config.run.paths]
     told = differing([run.settings for run in runs])
     names = [run.name for run in runs]
     entries = [

@@ -41,13 +41,14 @@ class Results:
     """Of a run: each class's metrics, each metric's best mean on the test set over all evaluations with its epoch
     (None where there was one evaluation), intervals if wanted, the concepts' agreement with the classes (None without
     concepts or with one class), how the thresholds did (None without any), the configuration, and whether none of the
-    images that calibrate was trained on."""
+    images that calibrate was trained on (`unseen`). What is not `evaluated` had no test images."""
 
     classes: Mapping[str, ClassResult]
     best_on_test: Best | None
     intervals: Intervals | None
     concepts: Agreement | None = None
     decided: Decided | None = None
+    evaluated: bool = True
     config: Config
     unseen: bool
 
@@ -139,6 +140,8 @@ def notes_of(results: Results) -> list[str]:
     """What a reader of the tables must know."""
     config = results.config
     made = "last epoch" if config.run.mode == "train" else f"checkpoint {config.eval.eval_ckpt}"
+    if not results.evaluated:
+        return [f"no test images: there was no evaluation; the model of the {made} judges images with --mode predict"]
     notes = [
         f"scores: image metrics from {config.eval.image_score}, pixel metrics from {config.eval.pixel_score}, AUPRO "
         f"from {config.eval.pro_score}; maps and masks at {config.score_size} x {config.score_size}; {made}"
@@ -189,6 +192,7 @@ def results_json(results: Results) -> dict[str, Any]:
         "config": to_dict(results.config),
         "scores": scores_of(results.config),
         "left_out": left_out(results.classes),
+        "evaluated": results.evaluated,
     }
     if results.decided:
         content["decision"] = results.decided.plain()
@@ -222,4 +226,4 @@ def write_results(folder: Path, results: Results) -> str:
         theirs = [(n, {**row, "note": note}) for n, row, note in comparison_rows(results.config.data.dataset)]
         columns = [*(c for c in COLUMNS if c != "mad"), "note"]
         write_all(folder, "published", {"csv": csv_text([ours, *theirs], columns, first="method")})
-    return printable(terminal_page(tables, notes))
+    return printable(terminal_page(tables if results.evaluated else [], notes))
