@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from default import ABSOLUTE, CALIBRATED, Config, to_dict
-from utils.metrics import METRICS, NAN, ClassAccumulator, ClassResult, mean_results
+from utils.metrics import METRICS, ClassAccumulator, ClassResult, mean_results
 from utils.metrics.decisions import Decided
 from utils.report import gallery
 from utils.report.charts import SERIES, histogram, line_chart, series_dash, thinned
@@ -186,13 +186,14 @@ def counts(images: Sequence[ImageResult]) -> dict[str, int]:
 
 
 def class_rows(classes: Mapping[str, ClassPage]) -> list[dict[str, Any]]:
-    """Rows of the per-class table; `lowest` names the metrics in which no class is lower."""
+    """Rows of the per-class table; `lowest` names the metrics in which no class is lower, but another is higher."""
     table = {name: values(page.result) for name, page in classes.items()}
-    low = {c: min((row[c] for row in table.values() if row[c] == row[c]), default=NAN) for c in COLUMNS}
+    known = {c: [row[c] for row in table.values() if row[c] == row[c]] for c in COLUMNS}
+    low = {c: min(found) for c, found in known.items() if found and min(found) < max(found)}
     return [
         {
             "name": name, "counts": counts(page.images), "values": table[name],
-            "lowest": {c for c in COLUMNS if len(table) > 1 and table[name][c] == low[c]},
+            "lowest": {c for c, value in low.items() if table[name][c] == value},
         }
         for name, page in classes.items()
     ]  # fmt: skip
