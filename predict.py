@@ -51,11 +51,14 @@ def run_predict(config: Config, chosen: dict[str, Any]) -> int:
     detector = loaded(config, chosen)
     check_thresholds(detector)
     folder = output_folder(detector.config)
+    counts = Counts()
     with Rows(folder) as rows:
+        paths = [path for path in paths if not lies_in(path, folder)]
         left = [path for path in paths if not rows.is_done(path)]
         if len(left) < len(paths):
             print(f"{folder}: {len(paths) - len(left)} of {len(paths)} images were judged before")
-        counts = Counts()
+            for path in filter(rows.is_done, paths):
+                counts.add(rows.verdict(path))
         judge_all(detector, left, folder, rows, counts)
         if watched is not None:
             print(f"waiting for images in {watched}; Ctrl-C ends this; rows are written to {folder}", flush=True)
@@ -75,6 +78,11 @@ class Counts:
     images: int = 0
     defects: int = 0
     errors: int = 0
+
+    def add(self, verdict: str | None) -> None:
+        self.images += 1
+        self.defects += verdict == "defect"
+        self.errors += verdict == "error"
 
 
 def watch(detector: ImageDetector, watched: Path, folder: Path, rows: Rows, counts: Counts) -> None:
@@ -169,13 +177,10 @@ def judge_all(detector: ImageDetector, paths: Sequence[Path], folder: Path, rows
     """Write a row, and what else is asked for, of every image."""
     judged = outcomes(detector, paths)
     for path, opened, found, seconds in progress(judged, total=len(paths), text="prediction", unit="images"):
-        counts.images += 1
         if isinstance(found, Prediction) and opened is not None:
             save_files(detector.config, folder, len(rows.done) + 1, path, opened, found)
-            counts.defects += bool(found.defective)
-        else:
-            counts.errors += 1
         rows.add(row_of(path, found, seconds))
+        counts.add(rows.verdict(path))
 
 
 Outcome = tuple[Path, Opened | None, Prediction | str, float]
