@@ -430,7 +430,7 @@ class RunConfig(Part):
         binds="free",
     )
     work_dir: str = option("work_dirs", "folder for run folders", binds="free")
-    device: str = option("auto", "where to compute", binds="free", choices=("auto", "cuda", "cpu", "mps"))
+    device: str = option("auto", "where to compute: auto, cuda, cuda:1 (the second GPU), cpu or mps", binds="free")
     name: str | None = option(
         None, "start of the run folder's name (default: data set, extractor and multi or single)", binds="free"
     )
@@ -453,6 +453,8 @@ class RunConfig(Part):
             raise UsageError(f"--seeds: trains one model per seed, so it needs --mode train, but got {self.mode}")
         if len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"--seeds: expected different seeds, but got {' '.join(map(str, self.seeds))}")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
+            raise UsageError(f"--device: expected one of auto, cuda, cuda:N, cpu, mps, but got {self.device!r}")
         if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise UsageError(f"--name: expected letters, digits, '_', '.' and '-', but got {self.name!r}")
 

@@ -1,7 +1,8 @@
 """The one walk through folders of images.
 
-MVTec layout: CLASS/train/good/*, CLASS/test/KIND/*, CLASS/ground_truth/KIND/NAME_mask.png; each of these folders may
-hold nested ones.
+MVTec layout: CLASS/train/good/*, CLASS/test/KIND/*, CLASS/ground_truth/KIND/NAME_mask.png, and normal images that are
+not trained on in CLASS/validation/good/* (MVTec AD 2, MVTec LOCO) or CLASS/calibration/good/*; each of these folders
+may hold nested ones.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from default import UsageError
 # Pillow opens them, but they are documents, films, drawings, or stubs that need another program.
 NO_PICTURES = ("BUFR", "EPS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF")
 JUNK = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r")
+HELD_OUT = ("calibration", "validation")  # folders of normal images that are not trained on
 Tree = dict[tuple[str, ...], dict[str, list[Path]]]  # folder below ground_truth -> stem -> files
 
 
@@ -118,16 +120,15 @@ def scan_mvtec(folder: Path, class_index: int, good_names: Sequence[str], *, mas
     Raises:
         UsageError: no training images, no test images where there must be some, or a defective image without its mask.
     """
-    train, test = [], []
-    for kind in subfolders(folder / "train"):
-        if is_good(kind.name, good_names):
-            train += [made_item(p, kind, None, 0, class_index) for p in image_files(kind)]
+    train, test = normal_items(folder / "train", class_index, good_names), []
     if masks_optional and not (folder / "train").is_dir():
         train = loose_items(folder, class_index, good_names)
     if not train:
         there = ", ".join(kind.name for kind in subfolders(folder / "train"))
         held = f"; train holds {there}, and --good-names says what is good" if there else ""
         raise UsageError(f"--data-path: {folder} lacks images in train/{good_names[0]}{held}")
+    for place in HELD_OUT:
+        train += [replace(item, held_out=True) for item in normal_items(folder / place, class_index, good_names)]
     truth = folder / "ground_truth"
     tree = mask_tree(truth)
     unmasked = masks_optional and not truth.is_dir()
@@ -143,12 +144,16 @@ def scan_mvtec(folder: Path, class_index: int, good_names: Sequence[str], *, mas
     return Scan(train=train, test=test, ignored=unused(folder, [*train, *test]))
 
 
+def normal_items(folder: Path, class_index: int, good_names: Sequence[str]) -> list[Item]:
+    """The images in the good ones of a folder's folders."""
+    kinds = [kind for kind in subfolders(folder) if is_good(kind.name, good_names)]
+    return [made_item(p, kind, None, 0, class_index) for kind in kinds for p in image_files(kind)]
+
+
 def loose_items(folder: Path, class_index: int, good_names: Sequence[str]) -> list[Item]:
     """The good images of a class without a train folder: those in CLASS/good, else those that lie in CLASS itself."""
-    kinds = [kind for kind in subfolders(folder) if is_good(kind.name, good_names)]
-    if kinds:
-        return [made_item(p, kind, None, 0, class_index) for kind in kinds for p in image_files(kind)]
-    return [replace(made_item(p, folder, None, 0, class_index), kind=GOOD) for p in loose_images(folder)]
+    loose = [replace(made_item(p, folder, None, 0, class_index), kind=GOOD) for p in loose_images(folder)]
+    return normal_items(folder, class_index, good_names) or loose
 
 
 def loose_images(folder: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """Imports go one way.
 
-default <- utils <- datasets, models <- stage <- test, export, detector <- train, predict <- main.
+default <- utils <- datasets, models <- stage <- show <- test, export, detector <- train, predict <- main.
 """
 
 import ast
@@ -15,12 +15,13 @@ MAY_IMPORT = {
     "datasets": {"default", "utils", "datasets"},
     "models": {"default", "utils", "models"},
     "stage": {"default", "utils", "datasets", "models"},
-    "test": {"default", "utils", "datasets", "models", "stage"},
-    "train": {"default", "utils", "datasets", "models", "stage", "test"},
+    "show": {"default", "utils", "datasets", "models", "stage"},
+    "test": {"default", "utils", "datasets", "models", "stage", "show"},
+    "train": {"default", "utils", "datasets", "models", "stage", "show", "test"},
     "export": {"default", "utils", "datasets", "models", "stage"},
     "detector": {"default", "utils", "datasets", "models", "stage"},
     "predict": {"default", "utils", "datasets", "models", "stage", "detector"},
-    "main": {"default", "utils", "datasets", "models", "stage", "test", "train", "export", "predict"},
+    "main": {"default", "utils", "datasets", "models", "stage", "show", "test", "train", "export", "predict"},
 }
 FILES = sorted(
     p

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from default import UsageError
-from utils.report.gallery import ImageResult
+from utils.report.images import ImageResult
 from utils.report.tables import csv_text, write_all
 from utils.run.text import printable
 
