@@ -27,7 +27,6 @@ from utils.run.progress import progress
 from utils.run.text import printable
 
 AT_ONCE = 32_000_000  # pixels of the images that are in memory together, unless a single one has more
-HOT = 1.5  # thresholds above the threshold where the hottest colour is
 HUNDREDTHS, ZERO = 100, 32768  # of a map in 16 bits: v = 100 score + 32768
 POLL = 1.0  # seconds between two looks at a folder that is watched
 LONGEST_JPEG = 65500  # pixels of a side
@@ -215,7 +214,7 @@ def opened_batches(detector: ImageDetector, paths: Sequence[Path]) -> Iterator[l
 
 def opened_or_reason(detector: ImageDetector, path: Path) -> Opened | str:
     try:
-        return detector.open(path)
+        return detector.read(path)
     except UsageError as error:
         return str(error).removeprefix(f"{path}: ")
     except MemoryError:
@@ -250,9 +249,9 @@ def save_files(config: Config, folder: Path, number: int, path: Path, opened: Op
 
 
 def scaled(values: NDArray, threshold: float) -> NDArray:
-    """A map for `heat_overlay`, on one scale for all images: colour begins at the threshold, above which pixels are
-    marked, and is hottest `HOT` thresholds above it."""
-    return (values - threshold) / max(HOT * abs(threshold), 1e-12)
+    """A map on the scale of `heat_overlay`, the same for all images: 1 is the threshold, above which pixels are marked,
+    and 0 is zero (or as far below a negative threshold)."""
+    return 1 + (values - threshold) / max(abs(threshold), 1e-12)
 
 
 def save_map(stem: Path, values: NDArray[np.float32], kind: str) -> None:
