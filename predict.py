@@ -124,7 +124,7 @@ def all_paths(names: Sequence[str], *, needed: bool = True) -> list[Path]:
     found: dict[Path, None] = {}
     for name in names:
         for path in map(Path, listed() if name == "-" else [name]):
-            if not os.path.lexists(path):
+            if name != "-" and not os.path.lexists(path):  # of a list, the others go on
                 raise UsageError(f"PATH: no such file or folder: {path}")
             found |= dict.fromkeys(image_files(path) if path.is_dir() else [path])
     if not found:

@@ -217,10 +217,13 @@ def test_another_model_may_not_write_into_the_same_table(
 
 def test_beside_the_run_and_from_standard_input(run_folder: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = sorted((tree / "grid" / "test" / "broken").rglob("*.png"))
-    given = io.TextIOWrapper(io.BytesIO(b"\n".join(os.fsencode(p) for p in images)))
+    names = [*images, tree / "gone.png"]
+    given = io.TextIOWrapper(io.BytesIO(b"\n".join(os.fsencode(p) for p in names)))
     monkeypatch.setattr("sys.stdin", given)
-    assert predict(run_folder, "-", "--no-overlays", "--fail-on", "defect") == 3
-    assert [row["path"] for row in table(run_folder / "predict")] == [str(p) for p in images]
+    assert predict(run_folder, "-", "--no-overlays", "--fail-on", "defect") == 1, "not all are known to be good"
+    rows = table(run_folder / "predict")
+    assert [row["path"] for row in rows] == [str(p) for p in names]
+    assert "No such file" in rows[-1]["error"]
     assert not (run_folder / "predict" / "overlays").exists()
     assert predict(run_folder, images[0]) == 0
     assert len(table(run_folder / "predict-2")) == 1
