@@ -136,12 +136,12 @@ class ImageDetector:
             UsageError: an image cannot be read.
         """
         if not isinstance(images, (list, tuple)):
-            return self.judge([self.open(images)])[0]
+            return self.judge([self.read(images)])[0]
         size = self.config.train.batch_size
-        opened = [self.open(image) for image in images]
+        opened = [self.read(image) for image in images]
         return [found for i in range(0, len(opened), size) for found in self.judge(opened[i : i + size])]
 
-    def open(self, image: Given) -> Opened:
+    def read(self, image: Given) -> Opened:
         """Read an image.
 
         Raises:

@@ -27,7 +27,6 @@ from utils.run.progress import progress
 from utils.run.text import printable
 
 AT_ONCE = 32_000_000  # pixels of the images that are in memory together, unless a single one has more
-HOT = 1.5  # thresholds above the threshold where the hottest colour is
 HUNDREDTHS, ZERO = 100, 32768  # of a map in 16 bits: v = 100 score + 32768
 POLL = 1.0  # seconds between two looks at a folder that is watched
 LONGEST_JPEG = 65500  # pixels of a side
@@ -51,11 +50,14 @@ def run_predict(config: Config, chosen: dict[str, Any]) -> int:
     detector = loaded(config, chosen)
     check_thresholds(detector)
     folder = output_folder(detector.config)
+    counts = Counts()
     with Rows(folder) as rows:
+        paths = [path for path in paths if not lies_in(path, folder)]
         left = [path for path in paths if not rows.is_done(path)]
         if len(left) < len(paths):
             print(f"{folder}: {len(paths) - len(left)} of {len(paths)} images were judged before")
-        counts = Counts()
+            for path in filter(rows.is_done, paths):
+                counts.add(rows.verdict(path))
         judge_all(detector, left, folder, rows, counts)
         if watched is not None:
             print(f"waiting for images in {watched}; Ctrl-C ends this; rows are written to {folder}", flush=True)
@@ -75,6 +77,11 @@ class Counts:
     images: int = 0
     defects: int = 0
     errors: int = 0
+
+    def add(self, verdict: str | None) -> None:
+        self.images += 1
+        self.defects += verdict == "defect"
+        self.errors += verdict == "error"
 
 
 def watch(detector: ImageDetector, watched: Path, folder: Path, rows: Rows, counts: Counts) -> None:
@@ -117,7 +124,7 @@ def all_paths(names: Sequence[str], *, needed: bool = True) -> list[Path]:
     found: dict[Path, None] = {}
     for name in names:
         for path in map(Path, listed() if name == "-" else [name]):
-            if not os.path.lexists(path):
+            if name != "-" and not os.path.lexists(path):  # of a list, the others go on
                 raise UsageError(f"PATH: no such file or folder: {path}")
             found |= dict.fromkeys(image_files(path) if path.is_dir() else [path])
     if not found:
@@ -169,13 +176,10 @@ def judge_all(detector: ImageDetector, paths: Sequence[Path], folder: Path, rows
     """Write a row, and what else is asked for, of every image."""
     judged = outcomes(detector, paths)
     for path, opened, found, seconds in progress(judged, total=len(paths), text="prediction", unit="images"):
-        counts.images += 1
         if isinstance(found, Prediction) and opened is not None:
             save_files(detector.config, folder, len(rows.done) + 1, path, opened, found)
-            counts.defects += bool(found.defective)
-        else:
-            counts.errors += 1
         rows.add(row_of(path, found, seconds))
+        counts.add(rows.verdict(path))
 
 
 Outcome = tuple[Path, Opened | None, Prediction | str, float]
@@ -210,7 +214,7 @@ def opened_batches(detector: ImageDetector, paths: Sequence[Path]) -> Iterator[l
 
 def opened_or_reason(detector: ImageDetector, path: Path) -> Opened | str:
     try:
-        return detector.open(path)
+        return detector.read(path)
     except UsageError as error:
         return str(error).removeprefix(f"{path}: ")
     except MemoryError:
@@ -245,9 +249,9 @@ def save_files(config: Config, folder: Path, number: int, path: Path, opened: Op
 
 
 def scaled(values: NDArray, threshold: float) -> NDArray:
-    """A map for `heat_overlay`, on one scale for all images: colour begins at the threshold, above which pixels are
-    marked, and is hottest `HOT` thresholds above it."""
-    return (values - threshold) / max(HOT * abs(threshold), 1e-12)
+    """A map on the scale of `heat_overlay`, the same for all images: 1 is the threshold, above which pixels are marked,
+    and 0 is zero (or as far below a negative threshold)."""
+    return 1 + (values - threshold) / max(abs(threshold), 1e-12)
 
 
 def save_map(stem: Path, values: NDArray[np.float32], kind: str) -> None:

@@ -82,7 +82,7 @@ def present(
     if not (config.report or wanted):
         return {}
     look, show = look_at(stage, detector, normal, remembered=not are_unseen(kept, normal)), shown_by(test, result.maps)
-    with tqdm(total=len(names) * (1 + config.report) + len(wanted), desc="pictures", leave=False) as bar:
+    with tqdm(total=len(names) * (1 + config.report) + len(wanted), desc="pictures", leave=False, disable=None) as bar:
         ranges = {}
         for index, name in enumerate(names):
             numbers = [n for n, item in enumerate(normal.items) if item.class_index == index]

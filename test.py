@@ -153,8 +153,8 @@ def finish(
         intervals=intervals,
         concepts=concepts,
         config=config,
-        decided=decided if evaluated else None,
         evaluated=evaluated,
+        decided=decided if evaluated else None,
         unseen=unseen,
     )
     lines = [write_results(folder, results), f"run folder: {folder}"]

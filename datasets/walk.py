@@ -152,10 +152,8 @@ def normal_items(folder: Path, class_index: int, good_names: Sequence[str]) -> l
 
 def loose_items(folder: Path, class_index: int, good_names: Sequence[str]) -> list[Item]:
     """The good images of a class without a train folder: those in CLASS/good, else those that lie in CLASS itself."""
-    found = normal_items(folder, class_index, good_names)
-    if found:
-        return found
-    return [replace(made_item(p, folder, None, 0, class_index), kind=GOOD) for p in loose_images(folder)]
+    loose = [replace(made_item(p, folder, None, 0, class_index), kind=GOOD) for p in loose_images(folder)]
+    return normal_items(folder, class_index, good_names) or loose
 
 
 def loose_images(folder: Path) -> list[Path]:

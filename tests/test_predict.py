@@ -1,5 +1,6 @@
 """Decisions on images without labels: from Python, and by the command line into tables, pictures and maps."""
 
+import _thread
 import csv
 import io
 import json
@@ -186,10 +187,10 @@ def test_files_in_a_folder_become_rows_and_pictures(
         assert (mask > 0).sum() == (values > found.pixel_threshold).sum()
         overlay = cv2.imread(str(out / "overlays" / f"{stem}.jpg")).astype(int)
         assert overlay.shape[:2] == found.map.shape
-        if not found.mask.any():
-            assert (overlay.max(2) - overlay.min(2)).max() <= 8, "what is normal is grey"
+        coloured = (overlay.max(2) - overlay.min(2)).max() > 8
+        assert coloured == (values > 1.1 * found.pixel_threshold).any(), "what is normal is grey"
     assert {row["verdict"] for row in rows} == {"defect", "good"}
-    assert predict(run_folder, tree / "bottle" / "test", "--output", out, "--fail-on", "defect") == 0
+    assert predict(run_folder, tree / "bottle" / "test", out, "--output", out, "--fail-on", "defect") == 3
     assert f"{len(images)} of {len(images)} images were judged before" in capsys.readouterr().out
     assert len(table(out)) == len(rows)
 
@@ -216,10 +217,13 @@ def test_another_model_may_not_write_into_the_same_table(
 
 def test_beside_the_run_and_from_standard_input(run_folder: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = sorted((tree / "grid" / "test" / "broken").rglob("*.png"))
-    given = io.TextIOWrapper(io.BytesIO(b"\n".join(os.fsencode(p) for p in images)))
+    names = [*images, tree / "gone.png"]
+    given = io.TextIOWrapper(io.BytesIO(b"\n".join(os.fsencode(p) for p in names)))
     monkeypatch.setattr("sys.stdin", given)
-    assert predict(run_folder, "-", "--no-overlays", "--fail-on", "defect") == 3
-    assert [row["path"] for row in table(run_folder / "predict")] == [str(p) for p in images]
+    assert predict(run_folder, "-", "--no-overlays", "--fail-on", "defect") == 1, "not all are known to be good"
+    rows = table(run_folder / "predict")
+    assert [row["path"] for row in rows] == [str(p) for p in names]
+    assert "No such file" in rows[-1]["error"]
     assert not (run_folder / "predict" / "overlays").exists()
     assert predict(run_folder, images[0]) == 0
     assert len(table(run_folder / "predict-2")) == 1
@@ -276,9 +280,6 @@ def test_new_files_are_judged_once_and_whole(run_folder: Path, tree: Path, tmp_p
     argv = ["--mode", "predict", "--eval_ckpt", str(run_folder), "--device", "cpu", "--watch", str(inbox)]
     argv += ["--output", str(out)]
 
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "main.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
     def wait_for(count: int) -> None:
         for _ in range(600):
             if (out / "scores.csv").is_file() and len(table(out)) >= count:
@@ -286,7 +287,8 @@ def test_new_files_are_judged_once_and_whole(run_folder: Path, tree: Path, tmp_p
             time.sleep(0.1)
         raise AssertionError(f"{count} rows expected")
 
-    process = start()
+    program = [sys.executable, "main.py", *argv]
+    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     (inbox / "first.png").write_bytes(images[0].read_bytes())
     wait_for(1)
     data = images[1].read_bytes()
@@ -299,11 +301,14 @@ def test_new_files_are_judged_once_and_whole(run_folder: Path, tree: Path, tmp_p
     assert "2 images: " in process.communicate()[0]
     assert process.returncode == 0
     (inbox / "third.png").write_bytes(images[2].read_bytes())
-    process = start()
-    wait_for(3)
-    time.sleep(2.5)
-    process.send_signal(signal.SIGINT)
-    assert "1 images: " in process.communicate()[0]
+
+    def interrupt() -> None:
+        wait_for(3)
+        time.sleep(2.5)
+        _thread.interrupt_main()
+
+    threading.Thread(target=interrupt).start()
+    assert main(argv) == 0
     assert [Path(row["path"]).name for row in table(out)] == ["first.png", "slow.png", "third.png"]
     assert not any(row["error"] for row in table(out))
 
@@ -344,7 +349,7 @@ def test_large_images_are_not_in_memory_together(monkeypatch: pytest.MonkeyPatch
             class train:
                 batch_size = 4
 
-        def open(self, path: Path) -> Opened:
+        def read(self, path: Path) -> Opened:
             side = int(path.name)
             return Opened(image=torch.zeros(3, 1, 1), size=(side, side), picture=np.zeros((1, 1, 3), np.uint8))
 
@@ -353,9 +358,9 @@ def test_large_images_are_not_in_memory_together(monkeypatch: pytest.MonkeyPatch
     assert batches == [[10, 10, 10, 10], [10, 6000], [10, 5000, 5000], [10]]
 
 
-def test_colour_begins_at_the_threshold() -> None:
-    np.testing.assert_allclose(scaled(np.array([1.0, 2.0, 3.5, 5.0]), 2.0), [-1 / 3, 0, 0.5, 1])
-    np.testing.assert_allclose(scaled(np.array([-3.0, -2.0, 1.0]), -2.0), [-1 / 3, 0, 1])
+def test_one_is_the_threshold_on_the_scale_of_all_images() -> None:
+    np.testing.assert_allclose(scaled(np.array([0.0, 1.0, 2.0, 5.0]), 2.0), [0, 0.5, 1, 2.5])
+    np.testing.assert_allclose(scaled(np.array([-4.0, -2.0, 1.0]), -2.0), [0, 1, 2.5])
 
 
 @pytest.mark.parametrize(

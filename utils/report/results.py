@@ -41,7 +41,7 @@ class Results:
     """Of a run: each class's metrics, each metric's best mean on the test set over all evaluations with its epoch
     (None where there was one evaluation), intervals if wanted, the concepts' agreement with the classes (None without
     concepts or with one class), how the thresholds did (None without any), the configuration, and whether none of the
-    images that calibrate was trained on (`unseen`). What is not `evaluated` had no test images."""
+    images that calibrate was trained on. What is not `evaluated` had no test images."""
 
     classes: Mapping[str, ClassResult]
     best_on_test: Best | None

@@ -53,7 +53,7 @@ class Rows:
             raise UsageError(f"--output: cannot go on with the rows in {folder}: {error}") from error
         self._writer = csv.writer(self._table, lineterminator="\n")
         self._writer.writerow(PREDICTED)
-        self.done: set[str] = set()
+        self.done: dict[str, str | None] = {}  # path -> verdict, or "error"
         for row in rows:
             self.add(row)
 
@@ -64,10 +64,14 @@ class Rows:
         cells = dict(row) | {"regions": None if row["regions"] is None else len(row["regions"])}
         self._writer.writerow(["" if cells[name] is None else cells[name] for name in PREDICTED])
         self._table.flush()
-        self.done.add(row["path"])
+        self.done[row["path"]] = "error" if row["error"] else row["verdict"]
 
     def is_done(self, path: Path) -> bool:
         return printable(str(path)) in self.done
+
+    def verdict(self, path: Path) -> str | None:
+        """Of an image that is in the table: good, defect, error, or None without thresholds."""
+        return self.done[printable(str(path))]
 
     def __enter__(self) -> Rows:
         return self
