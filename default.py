@@ -32,6 +32,7 @@ GOOD_NAMES = (
 SCORES = ("mul", "add", "likelihood", "surprise", "contrast")
 ABSOLUTE = ("likelihood", "surprise", "contrast")  # scores by which images can be compared
 CALIBRATED = ("surprise", "contrast")  # scores in units of what normal images have
+PRECISIONS = ("float32", "float16", "int8")  # of ONNX files
 
 
 class UsageError(ValueError):
@@ -393,6 +394,13 @@ class RunConfig(Part):
 
     mode: str = option("train", "what to do", binds="free", choices=("train", "test", "table", "export"))
     runs: tuple[str, ...] = option((), "run folders that --mode table gathers into one table", binds="free")
+    precision: tuple[str, ...] = option(
+        ("float32",),
+        "what --mode export writes, a file each: as trained, products in half precision, or the extractor's in 8-bit "
+        "integers, calibrated on normal images",
+        binds="free",
+        choices=PRECISIONS,
+    )
     work_dir: str = option("work_dirs", "folder for run folders", binds="free")
     device: str = option("auto", "where to compute", binds="free", choices=("auto", "cuda", "cpu", "mps"))
     name: str | None = option(

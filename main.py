@@ -44,6 +44,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
         lambda c: c.run.mode in ("test", "export"),
         "does nothing in --mode train; to go on with a run, use --resume",
     ),
+    "precision": (lambda c: c.run.mode == "export", "does nothing without --mode export; add that, or leave it out"),
     "resume": _TRAINING,
     "tensorboard": _TRAINING,
     "wandb_enable": _TRAINING,

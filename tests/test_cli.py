@@ -31,7 +31,8 @@ SURFACE = """
 --no-mixed-gaussian --no-multi-class --no-pattern-quantize --no-pre-extract --no-pretrained --no-pro-eval
 --no-quantize-enable --no-reassign-quantize --no-report --no-resume --no-standardize --no-tensorboard --no-trust-masks
 --no-wandb-enable --noise --objective --parallel-blocks --pattern-quantize --pictures --pixel-score --pool-type
---pre-extract --preset --pretrained --pro-eval --pro-eval-interval --pro-score --profile --quantize-enable
+--pre-extract --precision
+--preset --pretrained --pro-eval --pro-eval-interval --pro-score --profile --quantize-enable
 --quantize-type --quantize-weight --reassign-quantize --report --resume --schedule --seed --seeds --standardize
 --sub-epochs --tensorboard --top-k --trust-masks --version --wandb-enable --warmup --weight-decay --weights --work-dir
 --workers -h
@@ -73,6 +74,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "holdout": ("0.1", 0.1), "memory": ("100", 100),
     "cache": ("ram", "ram"), "accumulate": ("2", 2), "compile": ("", True), "checkpoint_activations": ("", True),
     "profile": ("3", 3), "seeds": ("1 2", [1, 2]), "name": ("mine", "mine"), "runs": ("a b --mode table", ["a", "b"]),
+    "precision": ("float16 int8 --mode export --eval_ckpt a.pt", ["float16", "int8"]),
     "eval_size": ("64", 64), "bootstrap": ("50", 50), "compare": ("", True), "report": ("no", False),
 }  # fmt: skip
 
