@@ -402,7 +402,7 @@ class RunConfig(Part):
         choices=PRECISIONS,
     )
     work_dir: str = option("work_dirs", "folder for run folders", binds="free")
-    device: str = option("auto", "where to compute", binds="free", choices=("auto", "cuda", "cpu", "mps"))
+    device: str = option("auto", "where to compute: auto, cuda, cuda:1 (the second GPU), cpu or mps", binds="free")
     name: str | None = option(
         None, "start of the run folder's name (default: data set, extractor and multi or single)", binds="free"
     )
@@ -425,6 +425,8 @@ class RunConfig(Part):
             raise UsageError(f"--seeds: trains one model per seed, so it needs --mode train, but got {self.mode}")
         if len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"--seeds: expected different seeds, but got {' '.join(map(str, self.seeds))}")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
+            raise UsageError(f"--device: expected one of auto, cuda, cuda:N, cpu, mps, but got {self.device!r}")
         if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise UsageError(f"--name: expected letters, digits, '_', '.' and '-', but got {self.name!r}")
 
@@ -480,7 +482,7 @@ _PAPER = _METHOD | {"extractor": "convnextv2_base", "standardize": False}
 _SMALL = _METHOD | {
     "extractor": "tf_efficientnet_lite0", "input_size": 256, "dim_cpc": 64, "k_cpc": 16, "k_cspc": 128,
     "c_pos_conds": (16,), "lr": 3e-4, "schedule": "cosine", "warmup": 0.1, "noise": 0.3, "weight_decay": 0.01,
-    "meta_epochs": 3, "memory": 1000, "holdout": 0.05, "top_k": 0.001,
+    "meta_epochs": 3, "memory": 1000, "holdout": 0.1, "top_k": 0.001,
     "image_score": "surprise", "pixel_score": "contrast", "pro_score": "contrast",
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {

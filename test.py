@@ -2,63 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import build_datasets, present_classes, resolve_classes, split_holdout
+from datasets import are_unseen, build_datasets, present_classes, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
-from datasets.folder import ImageFolder
-from datasets.transforms import to_picture
-from default import ABSOLUTE, Config, EvalConfig, UsageError, to_dict
+from default import Config, EvalConfig, UsageError
 from models.decision import Verdict
 from models.detector import Detector
 from models.scorer import image_scores
+from show import pictured, present
 from stage import Stage, find_checkpoints, image_readings, load_detector, normalization_of, settled_config
-from utils.metrics import ClassAccumulator, ClassResult, mean_results
+from utils.metrics import ClassAccumulator, mean_results
 from utils.metrics.bootstrap import bootstrap
 from utils.metrics.concepts import agreement
 from utils.metrics.decisions import Decided, Rate
 from utils.metrics.published import comparison_rows
-from utils.report.gallery import ImageResult, Look, Views, normal_range
-from utils.report.page import ClassPage, Curves, class_page, curves_of, report_run
-from utils.report.plots import save_picture, triptych
+from utils.report.images import Album, EvalResult, ImageResult
+from utils.report.page import ClassPage, curves_of, report_run
 from utils.report.results import Results, write_results
 from utils.run.checkpoint import read_checkpoint
 from utils.run.folders import new_run, write_config
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalResult:
-    """Seven metrics per class and their mean, every image's score, and each class's curves."""
-
-    classes: dict[str, ClassResult]
-    mean: ClassResult
-    images: tuple[ImageResult, ...]
-    curves: dict[str, Curves]
-    decided: Decided | None
-
-
 def evaluate(
-    detector: Detector, batches: Iterable[FeatureBatch], class_names: Sequence[str], config: EvalConfig
+    detector: Detector,
+    batches: Iterable[FeatureBatch],
+    class_names: Sequence[str],
+    config: EvalConfig,
+    *,
+    wanted: Collection[int] = (),
 ) -> EvalResult:
     """Score every image of `batches`, whose masks have the detector's size, and compute each class's metrics.
 
-    The detector is put into eval mode, and back as it was.
+    The detector is put into eval mode, and back as it was. Shown maps are kept of the `wanted` images in any case.
     """
     was_training = detector.training
     detector.eval()
     accumulators = {name: ClassAccumulator(fpr_limit=config.fpr_limit) for name in class_names}
     images: list[ImageResult] = []
+    album = Album(wanted)
     for batch in batches:
         judgement = detector.judge(batch.features)
-        maps, concept = judgement.maps, judgement.output.concept
+        maps = judgement.maps
         scores = image_scores(getattr(maps, config.image_score), config.top_k)
         for index, own in by_class(batch.class_index):
             accumulators[class_names[index]].update(
@@ -66,27 +57,45 @@ def evaluate(
                 maps=getattr(maps, config.pixel_score)[own], pro_maps=getattr(maps, config.pro_score)[own],
             )  # fmt: skip
         verdict = None if detector.decision is None else detector.decide(judgement, scores)
-        images += image_results(batch, class_names, scores, concept, verdict)
+        shown = getattr(maps, config.shown_score)
+        found = image_results(batch, class_names, scores, shown, judgement.output.concept, verdict)
+        for image, heat in zip(found, shown, strict=True):
+            album.add(len(images), (image.class_name, image.label, image.hit), image.score, heat.cpu().numpy())
+            images.append(image)
     detector.train(was_training)
     classes = {name: accumulator.compute() for name, accumulator in accumulators.items()}
-    curves = {name: curves_of(accumulator) for name, accumulator in accumulators.items()}
-    decided = decided_by(detector, images, config.false_alarm_rate)
-    return EvalResult(classes=classes, mean=mean_results(classes), images=tuple(images), curves=curves, decided=decided)
+    return EvalResult(
+        classes=classes, mean=mean_results(classes), images=tuple(images), maps=album.maps,
+        curves={name: curves_of(accumulator) for name, accumulator in accumulators.items()},
+        decided=decided_by(detector, images, config.false_alarm_rate),
+    )  # fmt: skip
 
 
 def image_results(
-    batch: FeatureBatch, class_names: Sequence[str], scores: Tensor, concept: Tensor | None, verdict: Verdict | None
+    batch: FeatureBatch,
+    class_names: Sequence[str],
+    scores: Tensor,
+    shown: Tensor,
+    concept: Tensor | None,
+    verdict: Verdict | None,
 ) -> Iterator[ImageResult]:
-    """What is said of each image of a batch."""
-    for row, (path, index, label) in enumerate(
-        zip(batch.path, batch.class_index.tolist(), batch.label.tolist(), strict=True)
+    """What is said of each image of a batch: image `scores` (B,), `shown` maps (B, H, W), concepts, and the verdict."""
+    height, width = shown.shape[1:]
+    values, places = shown.flatten(1).max(1)
+    masks = batch.mask.flatten(1)
+    inside, marked = masks.gather(1, places[:, None])[:, 0].tolist(), masks.any(1).tolist()
+    for row, (path, index, label, place) in enumerate(
+        zip(batch.path, batch.class_index.tolist(), batch.label.tolist(), places.tolist(), strict=True)
     ):
         yield ImageResult(
             path=path, class_name=class_names[index], label=label, score=float(scores[row]),
             concept=None if concept is None else int(concept[row]),
+            peak=((place % width + 0.5) / width, (place // width + 0.5) / height), peak_value=float(values[row]),
+            hit=inside[row] if marked[row] else None,
             p_value=None if verdict is None else float(verdict.p_value[row]),
             threshold=None if verdict is None else float(verdict.threshold[row]),
             defective=None if verdict is None else bool(verdict.defective[row]),
+            high=None if verdict is None else float(verdict.pixel_threshold[row]),
         )  # fmt: skip
 
 
@@ -112,98 +121,19 @@ def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield index, (class_index == index).nonzero().flatten()
 
 
-def absolute_map(config: EvalConfig) -> str:
-    """The map to show: the pixel metrics' own if images can be compared by it, else the likelihood."""
-    return config.pixel_score if config.pixel_score in ABSOLUTE else "likelihood"
-
-
-def look_at(stage: Stage, detector: Detector, dataset: ImageFolder, *, remembered: bool = False) -> Look:
-    """Shows images of a data set by their numbers, with what the detector, put into eval mode, says of them.
-
-    `remembered` images were trained on: what the memory holds of an image itself does not count.
-    """
-    config = stage.config.eval
-    detector.eval()
-
-    def look(numbers: Sequence[int]) -> Views:
-        samples = [dataset[n] for n in numbers]
-        features = stage.extract(torch.stack([sample.image for sample in samples]).to(stage.device))
-        maps = detector.judge(features, own=not remembered).maps
-        return Views(
-            images=np.stack([to_picture(sample.image) for sample in samples]),
-            masks=torch.stack([sample.mask for sample in samples]).numpy(),
-            heat=getattr(maps, absolute_map(config)).cpu().numpy(),
-            pixel=getattr(maps, config.pixel_score).cpu().numpy(),
-            scores=image_scores(getattr(maps, config.image_score), config.top_k).cpu().numpy(),
-        )
-
-    return look
-
-
-def report_pages(
-    stage: Stage, detector: Detector, datasets: tuple[ImageFolder, ImageFolder], result: EvalResult, share: int
-) -> dict[str, ClassPage]:
-    """What the report says of the classes of `result`; nothing with --no-report.
-
-    Args:
-        datasets: normal images, which calibrate, and the test images that were evaluated.
-        share: classes in the whole report.
-    """
-    if not stage.config.eval.report:
-        return {}
-    train = look_at(stage, detector, datasets[0], remembered=not stage.config.data.holdout)
-    test = look_at(stage, detector, datasets[1])
-    normal = [
-        [n for n, item in enumerate(datasets[0].items) if item.class_index == i] for i in range(len(result.classes))
-    ]
-    return {
-        name: class_page(
-            result=outcome, curves=result.curves[name], normal=normal_range(train, numbers), look=test, share=share,
-            images={n: image for n, image in enumerate(result.images) if image.class_name == name},
-        )
-        for (name, outcome), numbers in zip(result.classes.items(), normal, strict=True)
-    }  # fmt: skip
-
-
-def save_pictures(
-    stage: Stage, detector: Detector, dataset: ImageFolder, class_names: Sequence[str], folder: Path
-) -> int:
-    """Image, score map and mask side by side, the first few of each class and kind; how many were written.
-
-    One colour scale per class: from the median of its good images to the highest value shown.
-    """
-    config = stage.config.eval
-    look = look_at(stage, detector, dataset)
-    chosen: dict[int, dict[str, list[int]]] = {}
-    for number, item in enumerate(dataset.items):
-        kinds = chosen.setdefault(item.class_index, {}).setdefault(item.kind, [])
-        if len(kinds) < config.pictures:
-            kinds.append(number)
-    count = 0
-    for index, by_kind in chosen.items():
-        numbers = [n for group in by_kind.values() for n in group]
-        if not numbers:
-            continue
-        views = look(numbers)
-        scores = views.pixel
-        good = np.array([dataset.items[n].label == 0 for n in numbers])
-        low, high = float(np.median(scores[good] if good.any() else scores)), float(scores.max())
-        for number, image, mask, score in zip(numbers, views.images, views.masks, scores, strict=True):
-            item = dataset.items[number]
-            picture = triptych(image, score, mask, low=low, high=high)
-            save_picture(folder / class_names[index] / f"{item.kind}_{item.name.replace('/', '_')}.jpg", picture)
-            count += 1
-    return count
-
-
 def finish(
     folder: Path,
     config: Config,
     parts: Sequence[EvalResult],
     best: dict[str, dict[str, float]] | None,
     pages: dict[str, ClassPage],
+    *,
+    unseen: bool,
 ) -> None:
-    """Write the tables of all `parts` (one, or one per single-class model) and the report into the run folder."""
+    """Write the tables of all `parts` (one, or one per single-class model) and the report into the run folder.
+
+    `unseen`: no image that calibrates was trained on.
+    """
     classes = {name: result for part in parts for name, result in part.classes.items()}
     by_name: dict[str, list[ImageResult]] = {name: [] for name in classes}
     for image in (image for part in parts for image in part.images):
@@ -216,12 +146,18 @@ def finish(
     concepts = agreement(*zip(*chosen, strict=True)) if chosen and shared and len(classes) > 1 else None
     decided = Decided.joined([part.decided for part in parts if part.decided is not None])
     results = Results(
-        classes=classes, best_on_test=best, intervals=intervals, concepts=concepts, config=config, decided=decided
+        classes=classes,
+        best_on_test=best,
+        intervals=intervals,
+        concepts=concepts,
+        config=config,
+        decided=decided,
+        unseen=unseen,
     )
     lines = [write_results(folder, results), f"run folder: {folder}"]
     if pages:
         rows = comparison_rows(config.data.dataset) if config.compared else []
-        lines.append(f"report: {report_run(folder, pages, to_dict(config), shared_model=shared, published=rows)}")
+        lines.append(f"report: {report_run(folder, pages, config, unseen=unseen, decided=decided, published=rows)}")
     print("\n".join(lines))  # when all is written
 
 
@@ -252,6 +188,7 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
     folder: Path | None = None
     parts: list[EvalResult] = []
     pages: dict[str, ClassPage] = {}
+    unseen = True
     paths = find_checkpoints(Path(config.eval.eval_ckpt), config.data.class_names)
     for path in paths:
         content = read_checkpoint(path)
@@ -266,13 +203,13 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         detector = load_detector(content, stage, str(path))
         source = stage.ordered_features(test)
         batches = tqdm(source.epoch(0), total=len(source), desc="evaluation", leave=False)
-        parts.append(evaluate(detector, batches, class_names, own.eval))
+        parts.append(evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval)))
         folder = folder or new_run(own)
-        normal = split_holdout(train, own.data.holdout)[1]
-        save_pictures(stage, detector, test, class_names, folder / "pictures")
-        pages |= report_pages(stage, detector, (normal, test), parts[-1], len(class_names) * len(paths))
+        sets = (*split_holdout(train, own.data.holdout), test)
+        unseen = unseen and are_unseen(*sets[:2])
+        pages |= present(stage, detector, sets, parts[-1], folder / "pictures", len(class_names) * len(paths))
     if folder is None:
         raise UsageError(f"--data-path: no class of {config.eval.eval_ckpt} is there")
     own = replace(own, data=replace(own.data, class_names=tuple(n for part in parts for n in part.classes)))
     write_config(folder, own)
-    finish(folder, own, parts, None, pages)
+    finish(folder, own, parts, None, pages, unseen=unseen)

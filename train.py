@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import build_datasets, evenly_spread, resolve_classes, split_holdout
+from datasets import are_unseen, build_datasets, evenly_spread, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from datasets.reading import Reading
@@ -25,8 +25,10 @@ from models.first_look import first_look
 from models.loss import loss_terms
 from models.official import load_strictly
 from models.vqflow import VQFlow
+from show import pictured, present
 from stage import Source, Stage, load_decision, load_scorer
-from test import EvalResult, evaluate, finish, report_pages, save_pictures
+from test import evaluate, finish
+from utils.report.images import EvalResult
 from utils.report.page import ClassPage
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
 from utils.run.device import autocast
@@ -189,6 +191,8 @@ class Trainer:
         """Train to the end, from the start or from a checkpoint's content."""
         train = self.config.train
         done = self._restore(saved) if saved else 0
+        if train.resume:
+            print(printable(resume_line(self.folder, done, train.meta_epochs)))
         if not saved:
             supply = self.supply
             first_look(self.detector, kept(supply.everything), images=supply.images, batch_size=train.batch_size)
@@ -307,9 +311,9 @@ def run_training(config: Config) -> Path:
                 fitted = fit_group(stage, detector, group, source, (kept, normal, test_set), own)
             parts.append(fitted.last)
             best = fitted.best_on_test if config.data.multi_class else None
-            save_pictures(stage, detector, test_set, group, folder / "pictures")
-            pages |= report_pages(stage, detector, (normal, test_set), fitted.last, len(class_names))
-        finish(folder, config, parts, best, pages)
+            sets = (kept, normal, test_set)
+            pages |= present(stage, detector, sets, fitted.last, folder / "pictures", len(class_names))
+        finish(folder, config, parts, best, pages, unseen=all(are_unseen(*split) for split in splits))
     return folder
 
 
@@ -326,13 +330,13 @@ def fit_group(
     `others` are the training images, the normal images that calibrate, and the test images.
     """
     config, (kept, normal, test_set) = stage.config, others
-    test_source = stage.ordered_features(test_set)
+    test_source, wanted = stage.ordered_features(test_set), pictured(test_set, config.eval)
 
     def evaluation(detector: Detector) -> EvalResult:
         batches = tqdm(test_source.epoch(0), total=len(test_source), desc="evaluation", leave=False)
-        return evaluate(detector, batches, group, config.eval)
+        return evaluate(detector, batches, group, config.eval, wanted=wanted)
 
-    supply = supply_of(stage, source, kept, normal if config.data.holdout else None)
+    supply = supply_of(stage, source, kept, normal if are_unseen(kept, normal) else None)
     own = identity(stage, group, kept.readings)
     trainer = Trainer(config, detector, supply=supply, evaluate=evaluation, folder=folder, identity=own)
     return trainer.fit(saved_state(stage, group, folder, kept.readings))
@@ -402,6 +406,13 @@ def saved_state(
     for name in [*others, *(name for name in settings_of(*KEPT) if was[name] != now[name])]:
         raise UsageError(f"--resume: {path} is of another run: its {name} differs")
     return saved
+
+
+def resume_line(folder: Path, done: int, total: int) -> str:
+    """Says from where --resume goes on."""
+    if done >= total:
+        return f"--resume: {folder} has its {total} meta epochs; it is evaluated"
+    return f"--resume: {folder} goes on with meta epoch {done + 1} of {total}" + ("" if done else ", the first")
 
 
 def progress_line(

@@ -71,7 +71,9 @@ def build_datasets(
     mask_size: int | None = None,
     readings: Mapping[str, Reading] | None = None,
 ) -> tuple[ImageFolder, ImageFolder]:
-    """Training and test images of the classes, in deterministic order; the latter with masks at `mask_size`.
+    """Normal images (see `split_holdout`) and test images of the classes, in deterministic order.
+
+    The latter have masks at `mask_size`.
 
     Everything that can be known of images and masks beforehand is checked, and lines say what there is. `readings`
     say by class how a model reads its images; without them that is decided from the training images.
@@ -146,22 +148,34 @@ def evenly_spread(dataset: ImageFolder, share: float = 0.0) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def split_holdout(train: ImageFolder, share: float) -> tuple[ImageFolder, ImageFolder]:
-    """Training images, and a `share` of each class (one at least) at equal distances that is kept out of training.
+def split_holdout(normal: ImageFolder, share: float) -> tuple[ImageFolder, ImageFolder]:
+    """Of normal images those to train on, and those that calibrate.
 
-    Without a share: all images, and for calibration some of them, at most `CALIBRATION` of each class.
+    A class that brings images of its own for that (`Item.held_out`) is calibrated with them, and trained on all others.
+    Of another class a `share` (one at least) at equal distances is kept out of training; without a share all are
+    trained on, and some of them, at most `CALIBRATION`, calibrate, too.
+
+    Raises:
+        UsageError: nothing is left to train on.
     """
-    chosen = set(evenly_spread(train, share))
-    held = [item for n, item in enumerate(train.items) if n in chosen]
-    kept = [item for n, item in enumerate(train.items) if n not in chosen] if share else list(train.items)
+    own = {item.class_index for item in normal.items if item.held_out}
+    others = normal.having([item for item in normal.items if item.class_index not in own])
+    chosen = {others.items[n] for n in evenly_spread(others, share)}
+    out = [item for item in normal.items if item.held_out or item in chosen]
+    kept = [item for item in normal.items if not item.held_out and not (share and item in chosen)]
     if not kept:
         raise UsageError(f"--holdout: {share} of the training images leaves none to train on")
-    return train.having(kept), train.having(held)
+    return normal.having(kept), normal.having(out)
+
+
+def are_unseen(kept: ImageFolder, calibrating: ImageFolder) -> bool:
+    """Whether none of the images that calibrate is trained on."""
+    return not {*kept.items} & {*calibrating.items}
 
 
 def limited(items: list[Item], limit: int | None) -> list[Item]:
-    """At most `limit` items of each kind, the first ones."""
-    kept: dict[str, list[Item]] = {}
+    """At most `limit` items of each kind, the first ones; those that are held out count for themselves."""
+    kept: dict[tuple[str, bool], list[Item]] = {}
     for item in items:
-        kept.setdefault(item.kind, []).append(item)
+        kept.setdefault((item.kind, item.held_out), []).append(item)
     return [item for group in kept.values() for item in group[:limit]]

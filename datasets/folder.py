@@ -22,7 +22,8 @@ GOOD = "good"
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """An image file: its mask (None: no defect, or none drawn), label (1 defective), class, kind of defect, and its
-    name within the kind without suffix (cam1/000 where images lie in nested folders)."""
+    name within the kind without suffix (cam1/000 where images lie in nested folders). `held_out`: a normal image that
+    the data set itself keeps out of training."""
 
     path: Path
     mask_path: Path | None
@@ -30,11 +31,13 @@ class Item:
     class_index: int
     kind: str
     name: str
+    held_out: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """What the folder of a class holds: training and test images, and how many files of which sort are left out."""
+    """What the folder of a class holds: normal images (those that it keeps out of training among them) and test images,
+    and how many files of which sort are left out."""
 
     train: list[Item]
     test: list[Item]
@@ -44,10 +47,12 @@ class Scan:
         """One line for people: class, images and masks in numbers."""
         bad, count = sum(item.label for item in self.test), sum(self.ignored.values())
         masks = sum(item.mask_path is not None for item in self.test)
+        held_out = sum(item.held_out for item in self.train)
+        calibration = f", calibration {held_out}" if held_out else ""
         sorts = [f"{sort} {n}" if len(self.ignored) > 1 else sort for sort, n in self.ignored.items()]
         return (
-            f"{name}: train {len(self.train)}, good {len(self.test) - bad}, defective {bad}, masks {masks}, ignored "
-            f"{count}" + (f" ({', '.join(sorts)})" if count else "")
+            f"{name}: train {len(self.train) - held_out}{calibration}, good {len(self.test) - bad}, defective {bad}, "
+            f"masks {masks}, ignored {count}" + (f" ({', '.join(sorts)})" if count else "")
         )
 
 

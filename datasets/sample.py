@@ -1,8 +1,8 @@
 """The built-in sample: crops of pictures that scikit-image ships, with drawn defects, in MVTec layout.
 
-A demonstration that needs no download, not a benchmark: the defects are drawn, and a class is one picture. Training
-and test crops come from disjoint parts of it. Every image follows from a seed of its own. Drawings are exact: a mask
-holds the pixels that differ from the undrawn crop, all of them and no other.
+A demonstration that needs no download, not a benchmark: the defects are drawn, and a class is one picture. Crops to
+train on, to calibrate with and to test come from disjoint parts of it. Every image follows from a seed of its own.
+Drawings are exact: a mask holds the pixels that differ from the undrawn crop, all of them and no other.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from datasets.folder import GOOD, DatasetSpec
 from datasets.walk import scan_mvtec
 from default import UsageError
 
-VERSION = "2"
+VERSION = "3"
 MARKER = ".sample-version"
-TRAIN, TEST_GOOD, PER_KIND = 48, 12, 5
+TRAIN, CALIBRATION, TEST_GOOD, PER_KIND = 48, 24, 12, 5
 Picture = NDArray[np.uint8]
 Region = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A shipped picture: file, side of a crop in pixels, and the disjoint parts for training and test crops.
+    """A shipped picture: file, side of a crop in pixels, and disjoint parts for crops of the three roles.
 
     `hides` names a class whose patches cannot be told from this one's own texture by eye.
     """
@@ -40,18 +40,36 @@ class Source:
     file: str
     crop: int
     train: Region
+    calibration: Region
     test: Region
     hides: str | None = None
 
 
+# Train from one side, calibration and test from the two halves of the other; 8 pixels lie between any two of them.
 SOURCES = {
-    "brick": Source(file="brick.png", crop=128, train=(0, 0, 512, 320), test=(0, 320, 512, 512)),
-    "grass": Source(file="grass.png", crop=128, train=(0, 0, 320, 512), test=(320, 0, 512, 512), hides="gravel"),
-    "gravel": Source(file="gravel.png", crop=128, train=(0, 0, 320, 512), test=(320, 0, 512, 512), hides="grass"),
-    "retina": Source(file="retina.jpg", crop=192, train=(280, 200, 1130, 760), test=(280, 760, 1130, 1200)),
-    "stars": Source(file="hubble_deep_field.jpg", crop=192, train=(0, 0, 1000, 520), test=(0, 520, 1000, 872)),
-    "tissue": Source(file="ihc.png", crop=128, train=(0, 0, 320, 512), test=(320, 0, 512, 512)),
-}
+    "brick": Source(
+        file="brick.png", crop=128, train=(0, 0, 512, 312), calibration=(0, 320, 252, 512), test=(260, 320, 512, 512)
+    ),
+    "grass": Source(
+        file="grass.png", crop=128, train=(0, 0, 312, 512), calibration=(320, 0, 512, 252), test=(320, 260, 512, 512),
+        hides="gravel",
+    ),
+    "gravel": Source(
+        file="gravel.png", crop=128, train=(0, 0, 312, 512), calibration=(320, 0, 512, 252), test=(320, 260, 512, 512),
+        hides="grass",
+    ),
+    "retina": Source(
+        file="retina.jpg", crop=192, train=(280, 200, 1130, 752), calibration=(280, 760, 701, 1200),
+        test=(709, 760, 1130, 1200),
+    ),
+    "stars": Source(
+        file="hubble_deep_field.jpg", crop=192, train=(0, 0, 1000, 512), calibration=(0, 520, 496, 872),
+        test=(504, 520, 1000, 872),
+    ),
+    "tissue": Source(
+        file="ihc.png", crop=128, train=(0, 0, 312, 512), calibration=(320, 0, 512, 252), test=(320, 260, 512, 512)
+    ),
+}  # fmt: skip
 
 
 def read_source(source: Source) -> Picture:
@@ -60,10 +78,15 @@ def read_source(source: Source) -> Picture:
         return np.array(Image.open(path).convert("RGB"))
 
 
-def random_crop(picture: Picture, source: Source, region: Region, rng: np.random.Generator) -> Picture:
-    """A crop that lies inside `region`."""
+def random_place(source: Source, region: Region, rng: np.random.Generator) -> tuple[int, int]:
+    """Left and top of a crop that lies inside `region`."""
     left, top, right, bottom = region
-    x, y = rng.integers(left, right - source.crop + 1), rng.integers(top, bottom - source.crop + 1)
+    return int(rng.integers(left, right - source.crop + 1)), int(rng.integers(top, bottom - source.crop + 1))
+
+
+def random_crop(picture: Picture, source: Source, region: Region, rng: np.random.Generator) -> Picture:
+    """The crop at a random place in `region`."""
+    x, y = random_place(source, region, rng)
     return picture[y : y + source.crop, x : x + source.crop].copy()
 
 
@@ -186,16 +209,18 @@ def generator(*key: object) -> np.random.Generator:
 
 
 def write_class(folder: Path, name: str) -> None:
-    """One class: training crops, good test crops, and test crops with each kind of defect and its mask."""
+    """One class: crops to train on and to calibrate with, good test crops, and test crops with each kind of defect and
+    its mask."""
     source = SOURCES[name]
     picture = read_source(source)
     others = [read_source(other) for key, other in SOURCES.items() if key not in (name, source.hides)]
-    for number in range(TRAIN):
-        crop = random_crop(picture, source, source.train, generator(name, "train", number))
-        save(folder / "train" / GOOD / f"{number:03d}.png", crop)
-    for number in range(TEST_GOOD):
-        crop = random_crop(picture, source, source.test, generator(name, GOOD, number))
-        save(folder / "test" / GOOD / f"{number:03d}.png", crop)
+    for role, region, key, count in (
+        ("train", source.train, "train", TRAIN), ("calibration", source.calibration, "calibration", CALIBRATION),
+        ("test", source.test, GOOD, TEST_GOOD),
+    ):  # fmt: skip
+        for number in range(count):
+            crop = random_crop(picture, source, region, generator(name, key, number))
+            save(folder / role / GOOD / f"{number:03d}.png", crop)
     for kind in DEFECTS:
         for number in range(PER_KIND):
             rng = generator(name, kind, number)

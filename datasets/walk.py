@@ -1,7 +1,8 @@
 """The one walk through folders of images.
 
-MVTec layout: CLASS/train/good/*, CLASS/test/KIND/*, CLASS/ground_truth/KIND/NAME_mask.png; each of these folders may
-hold nested ones.
+MVTec layout: CLASS/train/good/*, CLASS/test/KIND/*, CLASS/ground_truth/KIND/NAME_mask.png, and normal images that are
+not trained on in CLASS/validation/good/* (MVTec AD 2, MVTec LOCO) or CLASS/calibration/good/*; each of these folders
+may hold nested ones.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from default import UsageError
 # Pillow opens them, but they are documents, films, drawings, or stubs that need another program.
 NO_PICTURES = ("BUFR", "EPS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF")
 JUNK = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "icon\r")
+HELD_OUT = ("calibration", "validation")  # folders of normal images that are not trained on
 Tree = dict[tuple[str, ...], dict[str, list[Path]]]  # folder below ground_truth -> stem -> files
 
 
@@ -116,14 +119,13 @@ def scan_mvtec(folder: Path, class_index: int, good_names: Sequence[str], *, mas
     Raises:
         UsageError: no training or test images, or a defective image without its mask.
     """
-    train, test = [], []
-    for kind in subfolders(folder / "train"):
-        if is_good(kind.name, good_names):
-            train += [made_item(p, kind, None, 0, class_index) for p in image_files(kind)]
+    train, test = normal_items(folder / "train", class_index, good_names), []
     if not train:
         there = ", ".join(kind.name for kind in subfolders(folder / "train"))
         held = f"; train holds {there}, and --good-names says what is good" if there else ""
         raise UsageError(f"--data-path: {folder} lacks images in train/{good_names[0]}{held}")
+    for place in HELD_OUT:
+        train += [replace(item, held_out=True) for item in normal_items(folder / place, class_index, good_names)]
     truth = folder / "ground_truth"
     tree = mask_tree(truth)
     unmasked = masks_optional and not truth.is_dir()
@@ -137,6 +139,12 @@ def scan_mvtec(folder: Path, class_index: int, good_names: Sequence[str], *, mas
             f"--data-path: {folder} lacks images in test (test/{GOOD} and one folder for each kind of defect)"
         )
     return Scan(train=train, test=test, ignored=unused(folder, [*train, *test]))
+
+
+def normal_items(folder: Path, class_index: int, good_names: Sequence[str]) -> list[Item]:
+    """The images in the good ones of a folder's folders."""
+    kinds = [kind for kind in subfolders(folder) if is_good(kind.name, good_names)]
+    return [made_item(p, kind, None, 0, class_index) for kind in kinds for p in image_files(kind)]
 
 
 def made_item(path: Path, kind: Path, mask: Path | None, label: int, class_index: int) -> Item:

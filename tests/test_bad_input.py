@@ -42,7 +42,8 @@ MISTAKES = {
     "switch with a value": (["--multi-class", "yes"], "--multi-class: expected no value, but got yes"),
     "surplus before a flag": (["--limit", "3", "4", "--lr", "1"], "--limit: expected one value, but got 3 4"),
     "lonely word": (["bottle"], "RUN: run folders are for --mode table alone, but got 'bottle'"),
-    "device": (["--device", "tpu"], "--device: expected one of auto, cuda, cpu, mps, but got 'tpu'"),
+    "device": (["--device", "tpu"], "--device: expected one of auto, cuda, cuda:N, cpu, mps, but got 'tpu'"),
+    "index": (["--device", "cpu:1"], "--device: expected one of auto, cuda, cuda:N, cpu, mps, but got 'cpu:1'"),
 }
 
 
@@ -75,9 +76,9 @@ def test_mistakes_about_the_data(tree: list[str], tmp_path: Path, capsys: pytest
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_no_cuda(tree: list[str], capsys: pytest.CaptureFixture) -> None:
-    assert "--device: 'cuda' was asked for, but there is none here; choose from auto" in fails(
-        capsys, *tree, "--device", "cuda"
-    )
+    for device in ("cuda", "cuda:1"):
+        expected = f"--device: {device!r} was asked for, but it is not here; choose from auto, "
+        assert expected in fails(capsys, *tree, "--device", device)
 
 
 class Evil:

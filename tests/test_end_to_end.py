@@ -223,8 +223,11 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(
     process.communicate()
     assert 1 <= read_checkpoint(folder / "last.pt")["epoch"] < EPOCHS
     assert not (folder / "results.json").exists()
+    done = read_checkpoint(folder / "last.pt")["epoch"]
     assert main([*argv, "--resume"]) == 0
-    assert f"{folder}: taken over from process {process.pid} on " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{folder}: taken over from process {process.pid} on " in said
+    assert f"--resume: {folder} goes on with meta epoch {done + 1} of {EPOCHS}\n" in said
     assert only(place, "killed") == folder
     assert not (folder / "lock").exists()
     first, second = (read_checkpoint(f / "last.pt") for f in (unbroken[0], folder))

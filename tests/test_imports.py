@@ -1,4 +1,4 @@
-"""Imports go one way: default <- utils <- datasets, models <- stage <- test, export <- train <- main."""
+"""Imports go one way: default <- utils <- datasets, models <- stage <- show <- test, export <- train <- main."""
 
 import ast
 from pathlib import Path
@@ -12,10 +12,11 @@ MAY_IMPORT = {
     "datasets": {"default", "utils", "datasets"},
     "models": {"default", "utils", "models"},
     "stage": {"default", "utils", "datasets", "models"},
-    "test": {"default", "utils", "datasets", "models", "stage"},
-    "train": {"default", "utils", "datasets", "models", "stage", "test"},
+    "show": {"default", "utils", "datasets", "models", "stage"},
+    "test": {"default", "utils", "datasets", "models", "stage", "show"},
+    "train": {"default", "utils", "datasets", "models", "stage", "show", "test"},
     "export": {"default", "utils", "datasets", "models", "stage"},
-    "main": {"default", "utils", "datasets", "models", "stage", "test", "train", "export"},
+    "main": {"default", "utils", "datasets", "models", "stage", "show", "test", "train", "export"},
 }
 FILES = sorted(
     p

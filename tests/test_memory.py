@@ -1,12 +1,14 @@
 """The memory against a plain search, what it keeps, its place in the detector, and calibrated opinions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
 from torch.nn import functional as F
 
-from datasets import split_holdout
+from datasets import are_unseen, split_holdout
 from datasets.folder import ImageFolder, Item
 from default import UsageError, make_config
 from models import memory
@@ -283,8 +285,22 @@ def test_without_a_share_all_are_trained_on_and_a_few_of_each_class_calibrate() 
     kept, out = split_holdout(folder_of((40, 5)), 0.0)
     assert len(kept.items) == 45
     assert [sum(i.class_index == c for i in out.items) for c in range(2)] == [16, 5]
+    assert not are_unseen(kept, out)
     with pytest.raises(UsageError, match=r"--holdout: 0\.5"):
         split_holdout(folder_of((1,)), 0.5)
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.0, (16, 3)), (0.5, (20, 3))])
+def test_a_class_with_calibration_images_of_its_own_gives_none_of_its_training_images(
+    share: float, held: tuple[int, ...]
+) -> None:
+    whole = folder_of((40, 8))
+    items = [replace(i, held_out=True) if i.class_index and i.name in "147" else i for i in whole.items]
+    kept, out = split_holdout(whole.having(items), share)
+    assert tuple(sum(i.class_index == c for i in out.items) for c in range(2)) == held
+    assert [i.name for i in kept.items if i.class_index] == ["0", "2", "3", "5", "6"]
+    assert [i.name for i in out.items if i.class_index] == ["1", "4", "7"]
+    assert are_unseen(kept, out) == bool(share)
 
 
 def test_presets_for_small_machines_use_all_opinions() -> None:

@@ -18,19 +18,10 @@ from main import main
 from utils.metrics import NAN, ClassResult, Curve, evaluate_maps
 from utils.report import gallery
 from utils.report.charts import thinned
-from utils.report.gallery import (
-    ImageResult,
-    NormalRange,
-    Views,
-    f1_threshold,
-    jpeg,
-    normal_range,
-    outline,
-    pick,
-    spread,
-)
+from utils.report.gallery import Shot, Views, drawn, f1_threshold, jpeg, levels, normal_range, outline, spread
+from utils.report.images import Album, ImageResult, NormalRange, first_of_each, pick
 from utils.report.page import ClassPage, Curves, Report, class_page, concept_matrix, write_report
-from utils.report.plots import heat_overlay
+from utils.report.plots import BAND, heat_overlay
 
 CLASSES = ("clean", "nut & bolt", "unmasked")  # the first one has no defects, the third one no masks
 
@@ -67,21 +58,53 @@ def sections(page: str) -> list[str]:
 
 def test_report_of_a_training_is_complete(trained: Path) -> None:
     page = text(trained)
-    assert sections(page) == ["results", "classes", "curves", "scores", "training", "codebooks", "gallery", "settings"]
+    assert sections(page) == ["results", "gallery", "scores", "curves", "codebooks", "training", "settings"]
     assert not re.search(r"""(src|href)=["'](?!data:|#)|@import|url\(|https?://(?!www\.w3\.org)""", page)
     assert "nut & bolt" not in page
     rows = re.findall(r'<tr><th scope="row" data-value="([^"]*)">.*?</tr>', page, re.DOTALL)
     assert rows == ["clean", "nut &amp; bolt", "unmasked"]
     assert page.count('class="series"') > 9 and page.count("Perplexity") >= 1
     assert "AUPRO: without a value for clean, unmasked" in page
+    assert page.split('id="training"')[1].split("<figure")[0].count("<details>") == 1
 
 
 def test_gallery_of_classes_without_defects_or_masks(trained: Path) -> None:
     articles = [a.split("</article>")[0] for a in text(trained).split("<article")[1:]]
     kinds = [re.findall(r'data-kind="(\w+)"', article) for article in articles]
-    assert kinds == [["alarms"], ["alarms", "misses", "finds"], ["alarms", "misses", "finds"]]
-    assert [article.count('class="shot"') for article in articles] == [3, 9, 9]
-    assert [article.count('class="outline"') for article in articles] == [0, 6, 0]
+    assert kinds[0] == ["alarms"] and kinds[2] == ["alarms", "misses", "finds"]
+    assert kinds[1][:2] == ["alarms", "misses"] and {*kinds[1][2:]} <= {"finds", "astray"}
+    shots = [article.count('class="shot"') for article in articles]
+    assert shots[0] == 3 and shots[2] == 9 and 6 < shots[1] <= 12
+    assert [article.count("<path") // 2 for article in articles] == [0, shots[1] - 3, 0]
+    assert [article.count("<circle") // 2 for article in articles] == shots
+    places = [re.findall(r"peak (?:in|beside) the defect", article) for article in articles]
+    assert [len(found) for found in places] == [0, shots[1] - 3, 0]
+    for kind in re.findall(r'data-kind="(\w+)".*?(?=data-kind|$)', articles[1], re.DOTALL):
+        part = articles[1].split(f'data-kind="{kind}"')[1].split("data-kind")[0]
+        assert ("peak beside" in part) <= (kind in ("misses", "astray")) and ("peak in" in part) <= (kind != "astray")
+
+
+def test_verdicts_are_counted_by_place_per_class(trained: Path) -> None:
+    table = text(trained).split('<table class="sortable">')[1].split("</table>")[0]
+    heads = re.findall(r'<button type="button">([^<]*)</button>', table)
+    assert heads[:4] == ["class", "false alarms", "found", "peak in defect"]
+    rows = [re.findall(r"<td[^>]*>(?:(\d+) <small>of (\d+)</small>|-)</td>", row) for row in table.split("<tr>")[2:]]
+    alarms, found, placed = ([row[i] for row in rows] for i in range(3))
+    assert [whole for _, whole in alarms] == ["3", "3", "3", "9"]
+    assert [whole for _, whole in found] == ["", "8", "8", "16"]
+    assert placed[1][1] == found[1][0] or (placed[1], found[1][0]) == (("", ""), "0")
+    assert placed[0] == placed[2] == ("", ""), "no masks, no place"
+
+
+def test_without_defects_and_masks_what_needs_them_is_absent(data: Path, tmp_path: Path) -> None:
+    page = text(run(data, tmp_path, "--class-names", "clean"))
+    assert sections(page) == ["results", "gallery", "scores", "training", "settings"]
+    body = page.split("</style>")[1].split("<script>")[0]
+    for word in ("AUROC", "AUPRO", "defective", "found", "peak in defect", "F1-max", "outline of", 'class="tile"'):
+        assert word not in body, word
+    assert "3 good test images" in body and "of 3 good alarmed" in body
+    training = body.split('id="training"')[1].split("</section>")[0]
+    assert "<svg" not in training and 'class="number"' in training, "one meta epoch is a number"
 
 
 def test_size_for_fifteen_classes(trained: Path) -> None:
@@ -91,7 +114,7 @@ def test_size_for_fifteen_classes(trained: Path) -> None:
 def test_test_mode_has_no_training_section(trained: Path, data: Path, tmp_path: Path) -> None:
     folder = run(data, tmp_path, *METHOD, "--mode", "test", "--eval_ckpt", str(trained / "last.pt"))
     page = text(folder)
-    assert sections(page) == ["results", "classes", "curves", "scores", "codebooks", "gallery", "settings"]
+    assert sections(page) == ["results", "gallery", "scores", "curves", "codebooks", "settings"]
     scores, gallery = (re.compile(f'<section id="{name}".*?</section>', re.DOTALL) for name in ("scores", "gallery"))
     assert scores.findall(page) == scores.findall(text(trained))
     assert gallery.findall(page) == gallery.findall(text(trained))
@@ -102,11 +125,13 @@ def test_single_class_runs(data: Path, tmp_path: Path) -> None:
     folder = run(data, tmp_path, "--class-names", "clean", "nut & bolt")
     page = text(folder)
     assert "a model each" in page
-    assert sections(page) == ["results", "classes", "curves", "scores", "training", "gallery", "settings"]
+    assert sections(page) == ["results", "gallery", "scores", "curves", "training", "settings"]
     training = page.split('id="training"')[1].split("</section>")[0]
-    assert {*re.findall(r'data-series="(\d)"', training)} == {"0", "1"}
+    assert re.findall(r"</strong> ([^<]+)</p>", training)[:2] == ["clean", "nut &amp; bolt"]
     again = text(run(data, tmp_path / "again", "--mode", "test", "--eval_ckpt", str(folder)))
-    assert again.split('id="gallery"')[1].split("settings")[0] == page.split('id="gallery"')[1].split("settings")[0]
+    for name in ("results", "gallery", "scores"):
+        mine, theirs = (p.split(f'id="{name}"')[1].split("</section>")[0] for p in (again, page))
+        assert mine == theirs
 
 
 def test_no_report(data: Path, tmp_path: Path) -> None:
@@ -114,23 +139,31 @@ def test_no_report(data: Path, tmp_path: Path) -> None:
 
 
 def noise(numbers: Any) -> Views:
-    """Pictures that do not compress."""
     rng, count, side = np.random.default_rng(numbers[0]), len(numbers), gallery.SIDE
-    maps = rng.normal(size=(count, side, side))
-    return Views(
-        images=rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8), masks=maps > 2.5,
-        heat=maps, pixel=maps, scores=rng.normal(size=count),
-    )  # fmt: skip
+    return Views(heat=rng.normal(size=(count, side, side)), scores=rng.normal(size=count))
+
+
+def noisy(number: int) -> Shot:
+    """A picture that does not compress."""
+    rng, side = np.random.default_rng(number), gallery.SIDE
+    heat = rng.normal(size=(side, side))
+    return Shot(image=rng.integers(0, 256, (side, side, 3), dtype=np.uint8), mask=heat > 2.5, heat=heat)
+
+
+def image(label: int, score: float, hit: bool | None = None, **others: Any) -> ImageResult:
+    plain: dict[str, Any] = {"path": "d/0.png", "class_name": "c", "concept": None, "peak": (0.5, 0.5)}
+    return ImageResult(label=label, score=score, hit=hit, peak_value=1.0, **plain | others)
 
 
 def page_of_noise(share: int) -> ClassPage:
     images = {
-        n: ImageResult(path=f"d/{n}.png", class_name="c", label=n % 2, score=float(n), concept=n) for n in range(12)
+        n: image(n % 2, float(n), hit=n % 4 == 1 if n % 2 else None, path=f"d/{n}.png", concept=n, threshold=4, high=1)
+        for n in range(20)
     }
     curve = Curve(x=np.linspace(0, 1, 5), y=np.linspace(0, 1, 5))
     return class_page(
         result=ClassResult(**dict.fromkeys(ClassResult.__dataclass_fields__, 0.5)), curves=Curves(roc=curve, pro=curve),
-        images=images, normal=normal_range(noise, range(40)), look=noise, share=share,
+        images=images, normal=normal_range(noise, range(40), 32), show=noisy, share=share,
     )  # fmt: skip
 
 
@@ -139,9 +172,11 @@ def test_fifteen_classes_of_noise_stay_below_the_limit_and_names_are_escaped(tmp
     report = Report(
         name=evil, classes={f"{evil}{i}": page for i in range(15)}, training={}, config=to_dict(make_config()),
         published=[("<i>other</i>", {"image_auroc": 0.987, "mad": NAN}, "at 224 px & cropped")], shared_model=True,
+        shown="likelihood", unseen=True,
     )  # fmt: skip
     write_report(tmp_path / "report.html", report)
     content = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert content.count('class="shot"') == 15 * 12
     assert 2_000_000 < len(content) < 10_000_000
     assert "<script>alert" not in content and "<i>other" not in content
     assert "&lt;i&gt;other&lt;/i&gt; 98.7" in content and "at 224 px &amp; cropped" in content
@@ -150,7 +185,7 @@ def test_fifteen_classes_of_noise_stay_below_the_limit_and_names_are_escaped(tmp
 def test_concepts_are_counted_and_many_are_cut() -> None:
     page = page_of_noise(1)
     assert concept_matrix({"a": page}) == {
-        "columns": list(range(12)), "rows": [("a", [(1, 1 / 12)] * 12)], "left_out": 0,
+        "columns": list(range(20)), "rows": [("a", [(1, 1 / 20)] * 20)], "left_out": 0,
     }  # fmt: skip
     many = replace(page, images=[replace(page.images[0], concept=k) for k in [*range(70), 69]])
     matrix = concept_matrix({"a": many})
@@ -160,19 +195,70 @@ def test_concepts_are_counted_and_many_are_cut() -> None:
 
 def test_a_clean_image_stays_grey() -> None:
     """What lies below the high end of normal has no colour, whatever the image's own maximum is."""
-    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     normal = NormalRange(low=2.0, high=4.0, threshold=0.0, count=1)
     maps = np.linspace(0, 4, 64).reshape(8, 8)
-    clean = heat_overlay(image, normal.scaled(maps) - 1)
+    clean = heat_overlay(picture, normal.scaled(maps))
     assert (clean == clean[..., :1]).all()
-    marked = heat_overlay(image, normal.scaled(maps + np.eye(8) * 9) - 1)
+    marked = heat_overlay(picture, normal.scaled(maps + np.eye(8) * 9))
     assert ((marked != clean).any(-1) == np.eye(8, dtype=bool)).all()
+    assert (heat_overlay(picture, normal.scaled(maps + np.eye(8) * 9, 14.0)) == clean).all(), "an image's own limit"
+
+
+def test_pictures_show_the_verdict_and_keep_clean_images_grey() -> None:
+    grey, mask = np.full((200, 200, 3), 90, np.uint8), np.zeros((50, 50), bool)
+    normal = NormalRange(low=0.0, high=1.0, threshold=2.0, count=1)
+    heat = np.full((50, 50), 0.5)
+    good = drawn(Shot(image=grey, mask=mask, heat=heat), image(0, 1.25).within(normal), normal)
+    assert good.shape == (200 + BAND, 3 * 200 + 8, 3)
+    assert (good == good[..., :1]).mean() > 0.99, "neither heat nor a red verdict"
+    heat[10:15, 20:25], mask[10:15, 20:25] = 3.0, True
+    found = image(1, 2.5, hit=True, peak=(0.45, 0.25)).within(normal)
+    bad = drawn(Shot(image=grey, mask=mask, heat=heat), found, normal)
+    coloured = (bad != bad[..., :1]).any(-1)[:200, 204:404]
+    rows, columns = coloured.nonzero()
+    assert rows.min() >= 36 and rows.max() < 64 and columns.min() >= 76 and columns.max() < 104
+    assert (bad[200:] != bad[200:, :, :1]).any(), "the verdict of an alarm is red"
+    assert found.verdict() == "alarm: score 2.500, threshold 2.000, peak in the defect"
+    assert image(0, 1.25).within(normal).verdict() == "no alarm: score 1.250, threshold 2.000"
+    own = image(0, 1.25, threshold=1.0, high=9.0)
+    assert own.within(normal) == own and not own.defective, "an image's own limits stand"
+
+
+def test_values_under_the_pointer_are_the_highest_of_their_cells() -> None:
+    maps = np.zeros((130, 130))
+    maps[129, 0], maps[5, 64], maps[0, 129] = 1.7, -3, 99
+    read = np.frombuffer(levels(maps), np.uint8).reshape(64, 64)
+    assert read[63, 0] == 85 and read[0, 63] == 255 and np.count_nonzero(read) == 2
+    assert np.frombuffer(levels(np.eye(3)), np.uint8).tolist() == [50, 0, 0, 0, 50, 0, 0, 0, 50]
+
+
+def test_an_album_keeps_what_pictures_and_report_want() -> None:
+    rng, scores = np.random.default_rng(5), np.random.default_rng(5).normal(size=60).round(1)
+    images = [image(n % 2, float(s), hit=bool(rng.integers(2)) if n % 2 else None) for n, s in enumerate(scores)]
+    album = Album([7, 30])
+    for number, found in enumerate(images):
+        album.add(number, (found.label, found.hit), found.score, np.full((2, 2), number))
+    wanted = {number for group in pick(images).values() for number in group} | {7, 30}
+    assert wanted <= album.maps.keys() and len(album.maps) <= 3 * 6 + 2
+    assert all((shown == number).all() for number, shown in album.maps.items())
+    assert np.isfinite(album_of(np.full((2, 2), 1e9))).all()
+    assert first_of_each("aabab", 2) == [0, 1, 2, 4] and first_of_each("ab", 0) == []
+
+
+def album_of(shown: np.ndarray) -> np.ndarray:
+    album = Album()
+    album.add(0, "group", 0.0, shown)
+    return album.maps[0]
 
 
 def test_choosing_pictures() -> None:
     labels, scores = [0, 1, 0, 1, 1, 0, 0, 1], [0.1, 0.2, 0.9, 0.8, 0.3, 0.4, 0.5, 0.7]
-    assert pick(labels, scores) == {"alarms": [2, 6, 5], "misses": [1, 4], "finds": [3, 7]}
-    assert pick([1], [0.5]) == {"alarms": [], "misses": [], "finds": [0]}
+    unmarked = [image(label, score) for label, score in zip(labels, scores, strict=True)]
+    assert pick(unmarked) == {"alarms": [2, 6, 5], "misses": [1, 4], "finds": [3, 7], "astray": []}
+    marked = [replace(found, hit=n != 3 if found.label else None) for n, found in enumerate(unmarked)]
+    assert pick(marked) == {"alarms": [2, 6, 5], "misses": [1, 4], "finds": [7], "astray": [3]}
+    assert pick([image(1, 0.5)]) == {"alarms": [], "misses": [], "finds": [0], "astray": []}
     assert spread(range(100), 4) == [0, 25, 50, 75] and spread([3, 5], 4) == [3, 5]
 
 
@@ -245,8 +331,9 @@ def ask(browser: Any, expression: str) -> Any:
 def test_browser_shows_every_image_without_errors(browser: Any, trained: Path) -> None:
     visit(browser, trained)
     assert browser.get_log("browser") == []
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     widths = ask(browser, "[...document.images].map(i => i.complete && i.naturalWidth)")
-    assert len(widths) == 2 * 21 and min(widths) == 64
+    assert len(widths) == 2 * text(trained).count('class="shot"') and min(widths) == 64
     charts = ask(browser, "[...document.querySelectorAll('.chart > svg')].map(s => s.getBoundingClientRect().height)")
     assert len(charts) == 2 + 3 + 10 + 5 and min(charts) > 80
 
@@ -261,12 +348,13 @@ def test_browser_sorts(browser: Any, trained: Path) -> None:
         )
 
     assert click(0) == sorted(CLASSES) and click(0) == sorted(CLASSES, reverse=True)
-    assert click(2) == ["8", "8", "0"] and click(2) == ["0", "8", "8"]
+    click(2)
+    click(2)
     assert ask(browser, "document.querySelectorAll('.sortable th')[2].ariaSort") == "ascending"
     for _ in range(2):  # what is not there stands last in both orders
-        column = click(3)
+        column = click(4)
         assert column[-1] == "-" and column.count("-") == 1
-    assert click(7)[1:] == ["-", "-"]
+    assert click(8)[1:] == ["-", "-"]
     rows = "[...document.querySelectorAll('.sortable tbody tr')]"
     browser.execute_script(f"{rows}.forEach((r, i) => {{ r.cells[4].dataset.value = [9, 100, 20][i] }})")
     click(4)
@@ -290,6 +378,15 @@ def test_browser_enlarges(browser: Any, trained: Path) -> None:
     assert ask(browser, "document.getElementById('place').textContent") == "clean · Worst false alarms"
     assert press(Keys.ARROW_RIGHT) == sources[1] and press(Keys.ARROW_LEFT) == sources[0]
     assert press(Keys.ARROW_LEFT) == sources[-1]
+    assert ask(browser, "document.querySelector('#lightbox .scale').getBoundingClientRect().width") > 100
+    heat = browser.find_element("css selector", "#large .heat")
+    circle = "document.querySelector('#large circle')"
+    x, y = ask(browser, f"[{circle}.cx.baseVal.value / 64 - 0.5, {circle}.cy.baseVal.value / 64 - 0.5]")
+    size = heat.size
+    ActionChains(browser).move_to_element_with_offset(heat, x * size["width"], y * size["height"]).perform()
+    shown = float(ask(browser, "document.getElementById('value').textContent").removeprefix("at least ").split()[0])
+    levels = "[...atob(document.querySelector('#large .heat').dataset.levels)].map(c => c.charCodeAt(0))"
+    assert shown == pytest.approx(0.02 * ask(browser, f"Math.max(...{levels})"), abs=0.011), "the ring is at the peak"
     press(Keys.ESCAPE)
     assert not ask(browser, "document.getElementById('lightbox').open")
     assert browser.get_log("browser") == []
@@ -312,6 +409,8 @@ def test_browser_light_and_dark(browser: Any, trained: Path) -> None:
 def test_browser_fits_the_width(browser: Any, trained: Path, width: int) -> None:
     visit(browser, trained, width=width)
     assert ask(browser, "document.documentElement.scrollWidth") <= ask(browser, "innerWidth") == width
+    hint = "getComputedStyle(document.querySelector('.scroll'), '::after').content"
+    assert ("scroll sideways" in ask(browser, hint)) == (width < 400)
     browser.execute_script("document.querySelector('.shot').click()")
     box = ask(browser, "document.getElementById('lightbox').getBoundingClientRect().toJSON()")
     assert box["left"] >= 0 and box["right"] <= width and box["bottom"] <= 800

@@ -1,25 +1,29 @@
 """The built-in sample: deterministic, disjoint, exact masks."""
 
 import hashlib
+from itertools import combinations, product
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import build_datasets, resolve_classes
+from datasets import are_unseen, build_datasets, resolve_classes, split_holdout
 from datasets.sample import (
+    CALIBRATION,
     DEFECTS,
     MARKER,
     PER_KIND,
     SOURCES,
+    TEST_GOOD,
+    TRAIN,
     draw_defect,
     generator,
     make_sample,
     random_crop,
+    random_place,
     read_source,
-)  # fmt: skip
+)
 from default import DataConfig, UsageError
 
 
@@ -38,6 +42,8 @@ def digest(root: Path) -> str:
 def test_layout_and_repetition(root: Path, tmp_path: Path) -> None:
     assert len(SOURCES) >= 5
     for name in SOURCES:
+        roles = {role: len([*(root / name / role).rglob("*.png")]) for role in ("train", "calibration", "test")}
+        assert roles == {"train": 48, "calibration": 24, "test": 12 + 5 * len(DEFECTS)}
         assert {p.name for p in (root / name / "test").iterdir()} == {"good", *DEFECTS}
     make_sample(tmp_path / "again")
     assert digest(root) == digest(tmp_path / "again")
@@ -46,13 +52,39 @@ def test_layout_and_repetition(root: Path, tmp_path: Path) -> None:
     assert stamp == (root / "brick" / "train" / "good" / "000.png").stat().st_mtime_ns
 
 
-def test_train_and_test_regions_are_disjoint_and_inside() -> None:
-    for source in SOURCES.values():
-        height, width, _ = read_source(source).shape
-        (l1, t1, r1, b1), (l2, t2, r2, b2) = source.train, source.test
-        assert r1 <= l2 or r2 <= l1 or b1 <= t2 or b2 <= t1
-        assert max(r1, r2) <= width
-        assert max(b1, b2) <= height
+def crops(name: str) -> dict[str, list[tuple[int, int]]]:
+    """Left and top of all crops of a class, by role."""
+    source = SOURCES[name]
+    test = [("good", n) for n in range(TEST_GOOD)] + [(kind, n) for kind in DEFECTS for n in range(PER_KIND)]
+    keys = {
+        "train": [("train", n) for n in range(TRAIN)], "test": test,
+        "calibration": [("calibration", n) for n in range(CALIBRATION)],
+    }  # fmt: skip
+    return {
+        role: [random_place(source, getattr(source, role), generator(name, *key)) for key in found]
+        for role, found in keys.items()
+    }
+
+
+def cut(name: str, place: tuple[int, int]) -> np.ndarray:
+    (x, y), side = place, SOURCES[name].crop
+    return read_source(SOURCES[name])[y : y + side, x : x + side]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_crop_overlaps_one_of_another_role(root: Path, name: str) -> None:
+    source, places = SOURCES[name], crops(name)
+    for role in places:
+        for number in (0, 11):
+            path = root / name / role / "good" / f"{number:03d}.png"
+            np.testing.assert_array_equal(np.asarray(Image.open(path)), cut(name, places[role][number]))
+    for first, second in combinations(places, 2):
+        for a, b in product(places[first], places[second]):
+            apart = max(abs(a[0] - b[0]), abs(a[1] - b[1])) - source.crop
+            assert apart >= 8, f"{first} and {second}: pixels between crops"
+    height, width, _ = read_source(source).shape
+    assert max(right for _, _, right, _ in (source.train, source.calibration, source.test)) <= width
+    assert max(bottom for *_, bottom in (source.train, source.calibration, source.test)) <= height
 
 
 def test_masks_are_exactly_the_changed_pixels() -> None:
@@ -76,17 +108,6 @@ def test_an_image_on_disk_follows_from_its_own_seed(root: Path) -> None:
     np.testing.assert_array_equal((drawn != undrawn).any(2), mask > 0)
 
 
-def test_train_and_test_images_are_crops_of_their_own_regions(root: Path) -> None:
-    for name in ("grass", "retina"):
-        source = SOURCES[name]
-        for split, (left, top, right, bottom) in (("train", source.train), ("test", source.test)):
-            crop = np.asarray(Image.open(root / name / split / "good" / "000.png"))
-            part = read_source(source)[top:bottom, left:right]
-            error = cv2.matchTemplate(part, crop, cv2.TM_SQDIFF)
-            y, x = np.unravel_index(error.argmin(), error.shape)
-            np.testing.assert_array_equal(part[y : y + source.crop, x : x + source.crop], crop)
-
-
 def test_masks_on_disk_belong_to_defects(root: Path) -> None:
     for path in root.rglob("*_mask.png"):
         values = np.unique(np.asarray(Image.open(path)))
@@ -103,8 +124,12 @@ def test_a_strangers_folder_is_left_alone(tmp_path: Path) -> None:
 
 def test_use_of_the_data_set_makes_it(tmp_path: Path) -> None:
     config = DataConfig(dataset="sample", data_path=str(tmp_path / "deep" / "sample"), input_size=32, limit=2)
-    train, test = build_datasets(config, resolve_classes(config))
-    assert (len(train), len(test)) == (2 * len(SOURCES), 10 * len(SOURCES))
+    normal, test = build_datasets(config, resolve_classes(config))
+    assert (len(normal), len(test)) == (4 * len(SOURCES), 10 * len(SOURCES))
+    for share in (0.0, 0.05):
+        kept, held_out = split_holdout(normal, share)
+        assert {item.path.parts[-3] for item in kept.items} == {"train"} and len(kept) == 2 * len(SOURCES)
+        assert {item.path.parts[-3] for item in held_out.items} == {"calibration"} and are_unseen(kept, held_out)
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["sample"], "nothing temporary is left"
 
 

@@ -35,7 +35,7 @@ A, B = made(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), made(1.0, 0.9, 0.8, NAN, NAN, NA
 
 
 def results(config: Config | None = None, **changes: object) -> Results:
-    plain = {"classes": {"carpet": A, "wood": B}, "best_on_test": None, "intervals": None}
+    plain = {"classes": {"carpet": A, "wood": B}, "best_on_test": None, "intervals": None, "unseen": False}
     return Results(config=config or Config(), **plain | changes)  # type: ignore[arg-type]
 
 

@@ -20,8 +20,9 @@ from models.first_look import first_look
 from models.loss import loss_terms
 from models.scorer import Scorer, ScoreRule, image_scores
 from models.vqflow import VQFlow
+from show import look_at
 from stage import Stage, load_detector
-from test import evaluate, look_at
+from test import evaluate
 from tests.test_vqflow import CHANNELS, build
 from train import Supply, Trainer, train_epoch
 from utils.metrics import evaluate_maps
@@ -242,8 +243,15 @@ def test_evaluation_and_pictures_show_one_score(trained: tuple[Stage, Detector])
     batches = stage.ordered_features(test).epoch(0)
     result = evaluate(detector, batches, ["bottle", "grid"], stage.config.eval)
     views = look_at(stage, detector, test)(range(len(test)))
-    assert views.heat.shape == views.pixel.shape == views.masks.shape == (len(test), 40, 40)
+    assert views.heat.shape == (len(test), 40, 40)
     np.testing.assert_allclose(views.scores, [image.score for image in result.images], rtol=1e-4)
+    for number, kept in result.maps.items():
+        np.testing.assert_allclose(views.heat[number], kept, rtol=2e-3, atol=1e-3)
+    for image, heat, sample in zip(result.images, views.heat, test, strict=True):
+        assert image.peak_value == pytest.approx(heat.max(), rel=1e-4)
+        column, row = (int(share * 40) for share in image.peak)
+        assert heat[row, column] == pytest.approx(heat.max(), rel=1e-4)
+        assert image.hit == (bool(sample.mask[row, column]) if sample.mask.any() else None)
 
 
 # --- checkpoints: constants, units, those of version 1.0

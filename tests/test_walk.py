@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import build_datasets, present_classes
+from datasets import build_datasets, present_classes, split_holdout
 from datasets.cache import cache_key
 from datasets.folder import ImageFolder
 from datasets.loaders import ordered_loader
@@ -69,6 +69,22 @@ def test_nested_folders_are_walked(tmp_path: Path) -> None:
     save(root / "bottle" / "test" / "broken" / "cam2" / "000.png", COLOURED)
     with pytest.raises(UsageError, match=r"broken.000_mask\.png: is the mask of two images, .*cam1.*cam2"):
         load(root)
+
+
+@pytest.mark.parametrize("place", ["calibration/good", "validation/OK", "validation/good/cam1"])
+def test_images_that_are_kept_out_of_training(tmp_path: Path, place: str, capsys: pytest.CaptureFixture) -> None:
+    root = make_mvtec(tmp_path, ("bottle",))
+    for name in ("000.png", "001.png"):
+        save(root / "bottle" / place / name, COLOURED)
+    save(root / "bottle" / place.split("/")[0] / "broken" / "000.png", COLOURED)
+    normal, test = load(root)
+    assert [item.held_out for item in normal.items] == [False] * 6 + [True] * 2
+    assert not any(item.held_out for item in test.items)
+    kept, held_out = split_holdout(normal, 0.5)
+    assert (len(kept), len(held_out)) == (6, 2)
+    line = "bottle: train 6, calibration 2, good 3, defective 6, masks 6, ignored 2 ("
+    assert line in capsys.readouterr().out
+    assert [len(part) for part in split_holdout(load(root, limit=1)[0], 0)] == [1, 1]
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Which images a report shows, and their pictures on a scale that comes from normal images.
+"""The pictures of a report, on a scale that comes from normal images.
 
-Knows neither models nor data sets: `Look` shows images by their numbers, with what a model says of them.
+Knows neither models nor data sets: `Look` says what a model finds in normal images, `Show` shows test images.
 """
 
 from __future__ import annotations
@@ -14,77 +14,54 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.metrics import NAN
-from utils.report.plots import heat_overlay
+from utils.report.images import PER_KIND, ImageResult, NormalRange
+from utils.report.plots import heat_overlay, triptych
 
 NORMAL_IMAGES = 32  # per class
-PER_KIND = 3  # pictures per class of false alarms, of misses and of finds
-KINDS = ("alarms", "misses", "finds")
-QUANTILE = 0.99  # of the image scores of normal training images: the label-free threshold
-PIXEL_QUANTILE = 0.999  # of the pixel scores of normal training images: 1 on the scale of the heat maps
-HOT = 2.5  # value of the hottest colour; colour begins at 1
+KINDS = ("alarms", "misses", "finds", "astray")
+QUANTILE = 0.99  # of the image scores of normal images: the label-free threshold
+PIXEL_QUANTILE = 0.999  # of the pixels of normal images: 1 on the scale of the heat maps
 SIDE = 320  # of a picture, in pixels
-BYTES = 6_500_000  # of all pictures of a report; base64 makes 8.7 MB of them
+BYTES = 5_200_000  # of all pictures of a report; base64 makes 7 MB of them
+LEVELS, STEP = 64, 0.02  # side of the map that tells values under the pointer, and what a step of its bytes is worth
 SAMPLED = 128  # a map's pixels that are looked at, per side
 MOST_OUTLINES = 100  # of one mask, the largest ones
 CHUNK = 16  # images looked at together
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageResult:
-    """One test image: its file, class, label, image score, concept (None without codebooks), and what was decided:
-    p-value, threshold and verdict (None without thresholds)."""
-
-    path: str
-    class_name: str
-    label: int
-    score: float
-    concept: int | None
-    p_value: float | None = None
-    threshold: float | None = None
-    defective: bool | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Views:
-    """Some images: RGB `images` (N, S, S, 3) uint8, `masks` (N, M, M) bool, image `scores` (N,) float, and two score
-    maps (N, M, M): `heat`, which heat maps show, by which images can be compared, and `pixel`, of the pixel metrics."""
+    """Of some images: the shown score maps `heat` (N, M, M), and the image `scores` (N,)."""
 
-    images: NDArray[np.uint8]
-    masks: NDArray[np.bool_]
     heat: NDArray
-    pixel: NDArray
     scores: NDArray
 
 
-Look = Callable[[Sequence[int]], Views]  # numbers of images in a data set
-
-
 @dataclass(frozen=True, kw_only=True)
-class NormalRange:
-    """What is normal in a class, from `count` of its training images: `low` and `high`, the median and the
-    `PIXEL_QUANTILE` of the pixel scores, and `threshold`, the `QUANTILE` of the image scores."""
+class Shot:
+    """An `image` (S, S, 3) uint8, RGB, its `mask` (M, M) bool, and the shown score map `heat` (M, M)."""
 
-    low: float
-    high: float
-    threshold: float
-    count: int
+    image: NDArray[np.uint8]
+    mask: NDArray[np.bool_]
+    heat: NDArray
 
-    def scaled(self, maps: NDArray) -> NDArray:
-        """Pixel scores on the scale that all classes share: 0 is `low`, 1 is `high`."""
-        return (maps - self.low) / max(self.high - self.low, 1e-12)
+
+Look = Callable[[Sequence[int]], Views]  # numbers of images in a data set
+Show = Callable[[int], Shot]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
     """An image and its heat map as JPEG files, and the outlines of its mask as an SVG path in a square of side
-    `side`; the path is empty without defect or mask."""
+    `side`; the path is empty without defect or mask. `levels`: the map's bytes, row by row, in units of `STEP`."""
 
     name: str
-    score: float
+    result: ImageResult
     image: bytes
     heat: bytes
     outline: str
     side: int
+    levels: bytes
 
 
 def chunks(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -98,9 +75,10 @@ def spread(numbers: Sequence[int], most: int) -> list[int]:
     return [numbers[i * len(numbers) // count] for i in range(count)]
 
 
-def normal_range(look: Look, numbers: Sequence[int]) -> NormalRange:
-    """Look at (a subset of) a class's normal training images."""
-    chosen = spread(numbers, NORMAL_IMAGES)
+def normal_range(look: Look, numbers: Sequence[int], most: int) -> NormalRange:
+    """Look at `most` of a class's normal images: the median and the `PIXEL_QUANTILE` of their pixels, and the
+    `QUANTILE` of their image scores."""
+    chosen = spread(numbers, most)
     pixels, scores = [], []
     for chunk in chunks(chosen):
         views = look(chunk)
@@ -112,16 +90,6 @@ def normal_range(look: Look, numbers: Sequence[int]) -> NormalRange:
     return NormalRange(low=float(low), high=float(high), threshold=threshold, count=len(chosen))
 
 
-def pick(labels: Sequence[int], scores: Sequence[float]) -> dict[str, list[int]]:
-    """Places of the worst false alarms (good, highest score first), the worst misses (defective, lowest first) and the
-    best finds (defective, highest first); no image is both a miss and a find."""
-    order = np.argsort(scores, kind="stable").tolist()
-    good, bad = [i for i in order if not labels[i]], [i for i in order if labels[i]]
-    misses = bad[: min(PER_KIND, len(bad) // 2)]
-    finds = bad[len(misses) :][::-1][:PER_KIND]
-    return {"alarms": good[::-1][:PER_KIND], "misses": misses, "finds": finds}
-
-
 def f1_threshold(good: Sequence[float], bad: Sequence[float]) -> float:
     """The image score from which on F1 is highest if images count as defective; NaN without good or bad ones."""
     if not len(good) or not len(bad):
@@ -131,19 +99,36 @@ def f1_threshold(good: Sequence[float], bad: Sequence[float]) -> float:
     return float(candidates[(2 * found / (found + alarms + len(bad))).argmax()])
 
 
-def take_pictures(look: Look, images: Mapping[int, ImageResult], normal: NormalRange, share: int) -> list[Picture]:
+def take_pictures(show: Show, images: Mapping[int, ImageResult], normal: NormalRange, share: int) -> list[Picture]:
     """Pictures of images by their numbers in the data set; `share` is the number of classes that share `BYTES`."""
     most = BYTES // (share * len(KINDS) * PER_KIND * 2)
     pictures: list[Picture] = []
-    for chunk in chunks(list(images)):
-        views = look(chunk)
-        levels = (normal.scaled(views.heat) - 1) / (HOT - 1)
-        for number, image, mask, level in zip(chunk, views.images, views.masks, levels, strict=True):
-            pictures.append(Picture(
-                name="/".join(Path(images[number].path).parts[-2:]), score=images[number].score, side=len(mask),
-                image=jpeg(image, most), heat=jpeg(heat_overlay(image, level), most), outline=outline(mask),
-            ))  # fmt: skip
+    for number, result in images.items():
+        shot = show(number)
+        scaled = normal.scaled(shot.heat, result.high)
+        pictures.append(Picture(
+            name="/".join(Path(result.path).parts[-2:]), result=result, side=len(shot.mask),
+            image=jpeg(shot.image, most), heat=jpeg(heat_overlay(shot.image, scaled), most),
+            outline=outline(shot.mask), levels=levels(scaled),
+        ))  # fmt: skip
     return pictures
+
+
+def drawn(shot: Shot, result: ImageResult, normal: NormalRange) -> NDArray[np.uint8]:
+    """The picture that goes into `pictures/`."""
+    scaled = normal.scaled(shot.heat, result.high)
+    return triptych(
+        shot.image, scaled, shot.mask, peak=result.peak, caption=result.verdict(), alarm=bool(result.defective)
+    )
+
+
+def levels(scaled: NDArray) -> bytes:
+    """A map (M, M) on the heat maps' scale as `LEVELS` rows of bytes (M if that is less): the highest value of each
+    cell in units of `STEP`, 0 to 255 of them."""
+    side = min(len(scaled), LEVELS)
+    edges = np.arange(side) * len(scaled) // side
+    highest = np.maximum.reduceat(np.maximum.reduceat(scaled, edges, 0), edges, 1)
+    return (highest / STEP).round().clip(0, 255).astype(np.uint8).tobytes()
 
 
 def jpeg(picture: NDArray[np.uint8], most: int) -> bytes:

@@ -12,33 +12,23 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from default import ABSOLUTE
-from utils.metrics import METRICS, NAN, ClassAccumulator, ClassResult, Curve, mean_results
+from default import ABSOLUTE, CALIBRATED, Config, to_dict
+from utils.metrics import METRICS, NAN, ClassAccumulator, ClassResult, mean_results
+from utils.metrics.decisions import Decided
 from utils.report import gallery
-from utils.report.charts import SERIES, Points, histogram, line_chart, series_dash, thinned
-from utils.report.gallery import ImageResult, Look, NormalRange, Picture, f1_threshold, pick, take_pictures
-from utils.report.plots import ramp
+from utils.report.charts import SERIES, histogram, line_chart, series_dash, thinned
+from utils.report.gallery import Picture, Show, f1_threshold, take_pictures
+from utils.report.images import Curves, ImageResult, NormalRange, pick
+from utils.report.plots import HOT, ramp
 from utils.report.tables import COLUMNS, MEAN, TITLES, percent, values
+from utils.report.training import CODEBOOKS, Training, codebook_panels, codebook_rows, number, training_panels
 from utils.run.log import read_lines
 from utils.run.text import printable
 
 PAGE = Path(__file__).parent / "templates"
 MOST_CONCEPTS = 64  # columns of the concept matrix
-CODEBOOKS = {
-    "cpc": "concepts", "cspc_0": "patterns, level 1", "cspc_1": "patterns, level 2", "cspc_2": "patterns, level 3",
-    "cspc_top": "patterns, top",
-}  # fmt: skip
 
-Training = Mapping[str, Sequence[Mapping[str, Any]]]  # model -> entries of its metrics.jsonl
 Published = Sequence[tuple[str, Mapping[str, float], str]]  # method, metric -> fraction, note
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curves:
-    """Of a class: ROC curve of its images, and PRO curve up to AUPRO's limit."""
-
-    roc: Curve
-    pro: Curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +52,9 @@ class Report:
         classes: by name, in the tables' order.
         training: entries of metrics.jsonl by model, empty where there was no training: one model, or one per class.
         config: nested plain values.
+        shown: the score map that the pictures show.
+        unseen: no image that says what is normal was trained on.
+        decided: how the checkpoint's thresholds did; None where it has none, and normal images give them.
         published: numbers of others on the same data set.
         shared_model: one model for all classes, so that their concepts are the same.
     """
@@ -70,6 +63,9 @@ class Report:
     classes: Mapping[str, ClassPage]
     training: Training
     config: Mapping[str, Mapping[str, Any]]
+    shown: str
+    unseen: bool
+    decided: Decided | None = None
     published: Published = ()
     shared_model: bool
 
@@ -79,37 +75,40 @@ def curves_of(accumulator: ClassAccumulator) -> Curves:
 
 
 def class_page(
-    *, result: ClassResult, curves: Curves, images: Mapping[int, ImageResult], normal: NormalRange, look: Look,
+    *, result: ClassResult, curves: Curves, images: Mapping[int, ImageResult], normal: NormalRange, show: Show,
     share: int,
 ) -> ClassPage:  # fmt: skip
     """Choose a class's pictures and take them.
 
     Args:
-        images: its test images by their numbers in the data set, which `look` shows.
+        images: its test images by their numbers in the data set, which `show` shows.
         share: classes in the whole report, which share the bytes of its pictures.
     """
     numbers = list(images)
-    places = pick([i.label for i in images.values()], [i.score for i in images.values()])
+    places = pick([*images.values()])
     chosen = {kind: {numbers[i]: images[numbers[i]] for i in found} for kind, found in places.items()}
-    pictures = {kind: take_pictures(look, found, normal, share) for kind, found in chosen.items()}
+    pictures = {kind: take_pictures(show, found, normal, share) for kind, found in chosen.items()}
     return ClassPage(result=result, images=tuple(images.values()), curves=curves, normal=normal, pictures=pictures)
 
 
 def report_run(
     folder: Path,
     pages: Mapping[str, ClassPage],
-    config: Mapping[str, Mapping[str, Any]],
+    config: Config,
     *,
-    shared_model: bool,
+    unseen: bool,
+    decided: Decided | None = None,
     published: Published = (),
 ) -> Path:
     """Write report.html into a run folder, with the training that metrics.jsonl tells of; its path."""
+    shared_model = config.data.multi_class
     places = {"all classes": folder} if shared_model else {name: folder / name for name in pages}
     training = {name: lines for name, place in places.items() if (lines := read_lines(place / "metrics.jsonl"))}
     path = folder / "report.html"
     report = Report(
-        name=folder.name, classes=pages, training=training, config=config, published=published,
-        shared_model=shared_model,
+        name=folder.name, classes=pages, training=training, config=to_dict(config), published=published,
+        shared_model=shared_model, shown=config.eval.shown_score, unseen=unseen,
+        decided=decided,
     )  # fmt: skip
     write_report(path, report)
     return path
@@ -121,7 +120,7 @@ def write_report(path: Path, report: Report) -> None:
         loader=jinja2.FileSystemLoader(PAGE, encoding="utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters |= {"percent": percent, "number": number, "jpeg": data_uri}
+    environment.filters |= {"percent": percent, "number": number, "jpeg": data_uri, "base64": base64_text}
     page = environment.get_template("report.html").render(content(report))
     path.write_text(printable(page), encoding="utf-8")
 
@@ -130,32 +129,39 @@ def content(report: Report) -> dict[str, Any]:
     """All that the template shows."""
     results = {name: page.result for name, page in report.classes.items()}
     mean = values(mean_results(results))
+    columns = [c for c in COLUMNS if mean[c] == mean[c]]
     with_curves = [n for n, page in report.classes.items() if len(page.curves.roc.x) + len(page.curves.pro.x)]
+    images = [image for page in report.classes.values() for image in page.images]
     return {
-        "report": report, "columns": COLUMNS, "titles": TITLES, "mean": mean, "mean_name": MEAN,
-        "headline": [(TITLES[c], mean[c], reference(report.published, c)) for c in COLUMNS],
-        "rows": class_rows(report.classes), "missing": missing(results),
-        "images": counts(image for page in report.classes.values() for image in page.images),
+        "report": report, "columns": columns, "titles": TITLES, "mean": mean, "mean_name": MEAN,
+        "headline": [(TITLES[c], mean[c], reference(report.published, c)) for c in columns],
+        "rows": class_rows(report.classes), "missing": missing(results), "all": counts(images),
         "series": legend(report.classes, with_curves),
         "curves": curve_charts(report), "histograms": histograms(report.classes),
         "models": legend(report.training, report.training),
         "panels": training_panels(report.training), "books": codebook_rows(report.training),
         "codebook_panels": codebook_panels(report.training), "titles_of_books": CODEBOOKS,
-        "concepts": concept_matrix(report.classes), "kinds": gallery.KINDS,
-        "scale": {"hot": gallery.HOT, "quantile": gallery.PIXEL_QUANTILE, "stops": ramp()[::51].tolist()},
-        "holdout": report.config["data"]["holdout"], "pixel_score": report.config["eval"]["pixel_score"],
-        "absolute": ABSOLUTE,
+        "concepts": concept_matrix(report.classes), "kinds": gallery.KINDS, "scale": heat_scale(),
+        "scores": report.config["eval"], "absolute": ABSOLUTE,
+        "calibrated": CALIBRATED,
         "quantile": gallery.QUANTILE, "looked_at": max(p.normal.count for p in report.classes.values()),
     }  # fmt: skip
 
 
-def number(value: float) -> str:
-    """Four significant digits, - for NaN."""
-    return f"{value:#.4g}".rstrip(".") if value == value else "-"
+def heat_scale() -> dict[str, Any]:
+    """The colours of the heat maps and what they mean."""
+    return {
+        "hot": HOT, "middle": (1 + HOT) / 2, "step": gallery.STEP, "quantile": gallery.PIXEL_QUANTILE,
+        "stops": ramp()[::51].tolist(),
+    }  # fmt: skip
+
+
+def base64_text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 def data_uri(data: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
+    return "data:image/jpeg;base64," + base64_text(data)
 
 
 def legend(order: Iterable[str], shown: Iterable[str]) -> list[tuple[int, str, int, int]]:
@@ -168,9 +174,15 @@ def reference(published: Published, metric: str) -> tuple[str, float] | None:
     return next(((name, row[metric]) for name, row, _ in published if row.get(metric) is not None), None)
 
 
-def counts(images: Iterable[ImageResult]) -> dict[str, int]:
-    labels = [image.label for image in images]
-    return {"good": labels.count(0), "defective": len(labels) - labels.count(0)}
+def counts(images: Sequence[ImageResult]) -> dict[str, int]:
+    """Good images and those of them with an alarm; defective ones, those found; of these the ones that have masks, and
+    those whose peak lies in the mask."""
+    good, bad = ([i for i in images if bool(i.label) == label] for label in (False, True))
+    found = [i for i in bad if i.defective]
+    return {
+        "good": len(good), "alarms": sum(bool(i.defective) for i in good), "defective": len(bad), "found": len(found),
+        "placed": sum(i.hit is not None for i in found), "hits": sum(i.hit is True for i in found),
+    }  # fmt: skip
 
 
 def class_rows(classes: Mapping[str, ClassPage]) -> list[dict[str, Any]]:
@@ -187,9 +199,11 @@ def class_rows(classes: Mapping[str, ClassPage]) -> list[dict[str, Any]]:
 
 
 def missing(results: Mapping[str, ClassResult]) -> list[tuple[str, str, int]]:
-    """Metrics that some classes do not have, those classes' names, and how many classes are left for the mean."""
+    """Metrics that some classes do not have, but others do: their names, and how many classes are left for the mean."""
     gaps = [(TITLES[m], [n for n, r in results.items() if getattr(r, m) != getattr(r, m)]) for m in METRICS]
-    return [(title, ", ".join(names), len(results) - len(names)) for title, names in gaps if names]
+    return [
+        (title, ", ".join(names), len(results) - len(names)) for title, names in gaps if 0 < len(names) < len(results)
+    ]
 
 
 def curve_charts(report: Report) -> dict[str, Markup]:
@@ -210,61 +224,12 @@ def histograms(classes: Mapping[str, ClassPage]) -> list[dict[str, Any]]:
     made = []
     for name, page in classes.items():
         good, bad = ([i.score for i in page.images if bool(i.label) == label] for label in (False, True))
-        threshold, best = page.normal.threshold, f1_threshold(good, bad)
-        chart = Markup(histogram(good, bad, ((threshold, "-"), (best, ":"))))
-        made.append({
-            "name": name, "chart": chart, "threshold": threshold, "best": best, "good": len(good), "bad": len(bad),
-            "alarms": sum(s > threshold for s in good), "found": sum(s > threshold for s in bad),
-        })  # fmt: skip
+        cuts, best = sorted({i.threshold for i in page.images if i.threshold is not None}), f1_threshold(good, bad)
+        chart = Markup(histogram(good, bad, [*((cut, "-") for cut in cuts), (best, ":")]))
+        made.append(
+            {"name": name, "chart": chart, "cuts": cuts[:1] + cuts[1:][-1:], "best": best} | counts(page.images)
+        )
     return made
-
-
-def panels(
-    training: Training, wanted: Sequence[tuple[str, tuple[str, ...]]], factor: float = 1
-) -> list[tuple[str, Markup]]:
-    """A small chart for each title and path into an entry, with a line per model; those without values are left out.
-
-    Values are multiplied by `factor`.
-    """
-    made = []
-    for title, path in wanted:
-        lines: dict[str, Points] = {}
-        for model, entries in training.items():
-            points = [(e["epoch"], v) for e in entries if (v := lookup(e, path)) is not None]
-            if points:
-                lines[model] = ([x for x, _ in points], [factor * y for _, y in points])
-        if lines:
-            chart = line_chart(lines, order=list(training), labels=("meta epoch", ""), marks=True, size=(3.5, 1.9))
-            made.append((title, Markup(chart)))
-    return made
-
-
-def lookup(entry: Any, path: tuple[str, ...]) -> Any:
-    """A nested value, None if there is none."""
-    for key in path:
-        entry = entry.get(key) if isinstance(entry, Mapping) else None
-    return entry
-
-
-def training_panels(training: Training) -> list[tuple[str, Markup]]:
-    """Loss, learning rate, likelihood of held-out images and every metric over the meta epochs."""
-    wanted = [
-        ("Loss, nats per image", ("train", "loss")), ("Learning rate", ("train", "lr")),
-        ("Bits per dimension, training images", ("bits_per_dim", "train")),
-        ("Bits per dimension, held-out images", ("bits_per_dim", "held_out")),
-    ]  # fmt: skip
-    metrics = [(TITLES[m], ("test", m)) for m in COLUMNS if m in METRICS]
-    return panels(training, wanted) + panels(training, metrics, factor=100)
-
-
-def codebook_panels(training: Training) -> list[tuple[str, Markup]]:
-    """Perplexity of each codebook over the meta epochs."""
-    return panels(training, [(title, ("codebooks", key, "perplexity")) for key, title in CODEBOOKS.items()])
-
-
-def codebook_rows(training: Training) -> list[tuple[str, dict[str, Any]]]:
-    """Each model's codebooks after the last meta epoch: `perplexity` and `used`."""
-    return [(m, entries[-1]["codebooks"]) for m, entries in training.items() if entries and entries[-1]["codebooks"]]
 
 
 def concept_matrix(classes: Mapping[str, ClassPage]) -> dict[str, Any] | None:

@@ -40,7 +40,8 @@ Best = Mapping[str, Mapping[str, float]]
 class Results:
     """Of a run: each class's metrics, each metric's best mean on the test set over all evaluations with its epoch
     (None where there was one evaluation), intervals if wanted, the concepts' agreement with the classes (None without
-    concepts or with one class), how the thresholds did (None without any) and the configuration."""
+    concepts or with one class), how the thresholds did (None without any), the configuration, and whether none of the
+    images that calibrate was trained on."""
 
     classes: Mapping[str, ClassResult]
     best_on_test: Best | None
@@ -48,6 +49,7 @@ class Results:
     concepts: Agreement | None = None
     decided: Decided | None = None
     config: Config
+    unseen: bool
 
     @property
     def mean(self) -> ClassResult:
@@ -141,7 +143,7 @@ def notes_of(results: Results) -> list[str]:
         f"scores: image metrics from {config.eval.image_score}, pixel metrics from {config.eval.pixel_score}, AUPRO "
         f"from {config.eval.pro_score}; maps and masks at {config.score_size} x {config.score_size}; {made}"
     ]
-    if not config.data.holdout and set(scores_of(config).values()) & set(CALIBRATED):
+    if not results.unseen and set(scores_of(config).values()) & set(CALIBRATED):
         notes.append("units from images that were trained on (no --holdout): unseen normal images look stranger")
     if results.decided:
         notes.append(str(results.decided))

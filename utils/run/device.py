@@ -12,7 +12,7 @@ from default import UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device for `--device`; auto prefers CUDA, then MPS, then the CPU.
+    """The device for `--device`; auto prefers CUDA, then MPS, then the CPU. cuda:1 becomes CUDA's current device.
 
     Raises:
         UsageError: the device that was asked for is not there.
@@ -20,12 +20,15 @@ def resolve_device(name: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, present in there.items() if present)
-    if not there[name]:
-        present = ", ".join(kind for kind, ok in there.items() if ok)
-        raise UsageError(f"--device: {name!r} was asked for, but there is none here; choose from auto, {present}")
-    if name == "cuda":
+    device, cards = torch.device(name), torch.cuda.device_count()
+    if not there[device.type] or (device.index or 0) >= max(cards, 1):
+        names = [kind for kind, present in there.items() if present] + [f"cuda:{n}" for n in range(cards)]
+        raise UsageError(f"--device: {name!r} was asked for, but it is not here; choose from auto, {', '.join(names)}")
+    if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return torch.device(name)
+        if device.index is not None:
+            torch.cuda.set_device(device)
+    return device
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -46,15 +46,38 @@ for (const section of document.querySelectorAll(".highlights")) {
   }
 }
 
+// A table that is wider than the page says so.
+const tellWide = () => document.querySelectorAll(".scroll").forEach(s => s.classList.toggle("wide", s.scrollWidth > s.clientWidth + 1));
+addEventListener("resize", tellWide);
+tellWide();
+
 // Enlarging: the dialog element closes on Escape and gives the focus back by itself.
 const box = document.getElementById("lightbox"), shots = [...document.querySelectorAll(".shot")];
+const large = document.getElementById("large"), output = document.getElementById("value");
 let current = 0;
+
+// The value under the pointer: each byte is the highest value in a cell of the map.
+const read = event => {
+  const frame = event && event.target.closest(".frame");
+  if (!frame) { output.textContent = "Point at the picture to read the map's value."; return; }
+  const area = frame.getBoundingClientRect(), bytes = atob(large.querySelector(".heat").dataset.levels);
+  const side = Math.round(Math.sqrt(bytes.length));
+  const cell = share => Math.min(side - 1, Math.max(0, Math.floor(share * side)));
+  const row = cell((event.clientY - area.top) / area.height), column = cell((event.clientX - area.left) / area.width);
+  const byte = bytes.charCodeAt(row * side + column), value = (byte * large.dataset.step).toFixed(2);
+  output.textContent = `${byte === 255 ? "at least " : ""}${value} here${value > 1 ? "" : ", as in normal images"}`;
+};
+large.addEventListener("pointermove", read);
+large.addEventListener("pointerdown", read);
+large.addEventListener("pointerleave", () => read(null));
+
 const enlarge = index => {
   current = (index + shots.length) % shots.length;
   const shot = shots[current], kind = shot.closest(".kind"), title = kind.querySelector("h4").firstChild.textContent;
-  document.getElementById("large").replaceChildren(shot.querySelector(".pair").cloneNode(true));
+  large.replaceChildren(shot.querySelector(".pair").cloneNode(true));
   document.getElementById("place").textContent = `${shot.closest("article").querySelector("h3").textContent} · ${title.trim()}`;
   document.getElementById("about").textContent = [...shot.querySelectorAll(".caption > span")].map(s => s.textContent).join(" · ");
+  read(null);
   if (!box.open) box.showModal();
 };
 shots.forEach((shot, index) => shot.addEventListener("click", () => enlarge(index)));
