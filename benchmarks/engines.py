@@ -71,7 +71,9 @@ def openvino_engine(path: Path, precision: str, threads: int) -> Engine | None:
         import openvino
     except ImportError:
         return None
-    made = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"})
+    made = openvino.Core().compile_model(
+        str(path), "CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    )
     return Engine(name=f"OpenVINO {precision}", judge=lambda images: np.array(made({"image": images})["score"]))
 
 
