@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from datasets import build_datasets, evenly_spread, resolve_classes
 from datasets.transforms import to_picture
-from default import Config, EvalConfig, UsageError, __version__
+from default import CALIBRATED, Config, EvalConfig, UsageError, __version__
 from models.detector import Detector
 from models.hierarchy import position_encoding
 from models.scorer import image_scores
@@ -166,7 +166,7 @@ def describe(own: Config, content: dict[str, Any], exported: Exported, traced: A
     thresholds, pixels = decision.thresholds.tolist(), decision.pixel_thresholds.tolist()
     return facts | {
         "false_alarm_rate": decision.rate, "basis": decision.basis, "thresholds": thresholds,
-        "pixel_thresholds": pixels, "colour_begins": pixels[0],
+        "pixel_thresholds": pixels, "colour_scale": [0.0 if own.eval.shown_score in CALIBRATED else None, pixels[0]],
     }  # fmt: skip
 
 

@@ -49,9 +49,9 @@ def orientation_of(image):
 
 def background_of(facts):
     """What the model's classes lay transparent pictures on."""
-    found = {reading["background"] for reading in facts["readings"].values()} - {None}
-    if len(found) != 1:
-        raise ValueError("is transparent, and the model's classes do not lie on one background")
+    found = {reading["background"] for reading in facts["readings"].values()}
+    if len(found) != 1 or None in found:
+        raise ValueError("is transparent, and the model's classes do not all lie on one background")
     return found.pop()
 
 
@@ -87,7 +87,7 @@ def judge(session, facts, path):
     }  # fmt: skip
     if "verdict" in found:
         row |= {n: f"{found[n]:.6g}" for n in ("p_value", "threshold")}
-        row["verdict"] = "defect" if found["verdict"] else "normal"
+        row["verdict"] = "defect" if found["verdict"] else "good"
     return row
 
 

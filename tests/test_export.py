@@ -173,6 +173,7 @@ def test_a_file_says_what_it_is(folder: Path, lines: list[str]) -> None:
     assert facts["false_alarm_rate"] == 0.2
     assert "no guarantee" in facts["basis"]
     assert len(facts["thresholds"]) == len(facts["pixel_thresholds"]) >= 1
+    assert facts["colour_scale"] == [0.0, facts["pixel_thresholds"][0]]
 
 
 def test_the_script_without_thresholds(folder: Path, lines: list[str], expected: EvalResult, tmp_path: Path) -> None:
