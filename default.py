@@ -33,6 +33,7 @@ SCORES = ("mul", "add", "likelihood", "surprise", "contrast")
 ABSOLUTE = ("likelihood", "surprise", "contrast")  # scores by which images can be compared
 CALIBRATED = ("surprise", "contrast")  # scores in units of what normal images have
 JUDGING = ("test", "predict", "export")  # modes that need a checkpoint
+PRECISIONS = ("float32", "float16", "int8")  # of ONNX files
 
 
 class UsageError(ValueError):
@@ -428,6 +429,13 @@ class RunConfig(Part):
         "run folders that --mode table gathers into one table; images and folders of them that --mode predict judges, "
         "- for a list of them on standard input",
         binds="free",
+    )
+    precision: tuple[str, ...] = option(
+        ("float32",),
+        "what --mode export writes, a file each: as trained, products in half precision, or the extractor's in 8-bit "
+        "integers, calibrated on normal images",
+        binds="free",
+        choices=PRECISIONS,
     )
     work_dir: str = option("work_dirs", "folder for run folders", binds="free")
     device: str = option("auto", "where to compute: auto, cuda, cuda:1 (the second GPU), cpu or mps", binds="free")

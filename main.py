@@ -51,6 +51,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "save_masks": _PREDICTING,
     "fail_on": _PREDICTING,
     "watch": _PREDICTING,
+    "precision": (lambda c: c.run.mode == "export", "does nothing without --mode export; add that, or leave it out"),
     "resume": _TRAINING,
     "tensorboard": _TRAINING,
     "wandb_enable": _TRAINING,

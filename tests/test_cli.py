@@ -31,7 +31,7 @@ SURFACE = """
 --no-mixed-gaussian --no-multi-class --no-overlays --no-pattern-quantize --no-pre-extract --no-pretrained
 --no-pro-eval --no-quantize-enable --no-reassign-quantize --no-report --no-resume --no-save-masks --no-standardize
 --no-tensorboard --no-trust-masks --no-wandb-enable --noise --objective --output --overlays --parallel-blocks
---pattern-quantize --pictures --pixel-score --pool-type --pre-extract --preset --pretrained --pro-eval
+--pattern-quantize --pictures --pixel-score --pool-type --pre-extract --precision --preset --pretrained --pro-eval
 --pro-eval-interval --pro-score --profile --quantize-enable --quantize-type --quantize-weight --reassign-quantize
 --report --resume --save-maps --save-masks --schedule --seed --seeds --standardize --sub-epochs --tensorboard --top-k
 --trust-masks --version --wandb-enable --warmup --watch --weight-decay --weights --work-dir --workers -h
@@ -78,6 +78,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "save_masks": ("--mode predict --eval_ckpt a.pt", True),
     "watch": ("new --mode predict --eval_ckpt a.pt", "new"),
     "fail_on": ("defect --mode predict --eval_ckpt a.pt", "defect"),
+    "precision": ("float16 int8 --mode export --eval_ckpt a.pt", ["float16", "int8"]),
     "eval_size": ("64", 64), "bootstrap": ("50", 50), "compare": ("", True), "report": ("no", False),
 }  # fmt: skip
 

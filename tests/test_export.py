@@ -1,50 +1,220 @@
-"""The ONNX file of a trained model says what the model says."""
+"""The ONNX files of a trained model say what the model says, with this program and without PyTorch."""
 
+import contextlib
+import csv
+import io
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from benchmarks import engines
 from datasets import build_datasets
-from default import from_dict
+from datasets.transforms import load_image, to_picture
+from default import PRECISIONS, __version__, from_dict
+from export import DECIDED, SCORED, Exported
 from fake_data import METHOD, TINY, make_mvtec
 from main import main
 from stage import Stage, load_detector
-from test import evaluate
+from test import EvalResult, evaluate
 from utils.run.checkpoint import read_checkpoint
 
+onnx = pytest.importorskip("onnx", reason="the extra 'export' is not installed")
 runtime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+ROOT = Path(__file__).resolve().parents[1]
+WITHOUT_TORCH = """
+import runpy, sys
+for name in ("torch", "torchvision", "timm", "onnx", "scipy", "cv2", "default", "datasets"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a training on a small extractor; tracing takes as long as the network is deep."""
+    """A run folder with a model per class, on a small extractor: tracing takes as long as the network is deep."""
     place = tmp_path_factory.mktemp("export")
-    argv = [*TINY, *METHOD, "--extractor", "test_resnet", "--no-pretrained", "--dataset", "mvtec", "--no-report"]
+    argv = [*TINY, *METHOD, "--no-multi-class", "--extractor", "test_resnet", "--no-pretrained", "--dataset", "mvtec"]
     argv += ["--data-path", str(make_mvtec(place / "data")), "--class-names", "bottle", "--work-dir", str(place / "w")]
     argv += ["--memory", "4", "--image-score", "surprise", "--pixel-score", "contrast", "--eval-size", "48"]
-    assert main(argv) == 0
+    assert main([*argv, "--no-report", "--false-alarm-rate", "0.2"]) == 0
     return next(p for p in (place / "w").iterdir() if p.name != "cache")
 
 
-def test_an_exported_model_scores_as_an_evaluation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
-    assert main(["--mode", "export", "--eval_ckpt", str(folder)]) == 0
-    assert "model.onnx: image (B, 3, 64, 64) -> map, score; off by" in capsys.readouterr().out
-    session = runtime.InferenceSession(str(folder / "model.onnx"))
-    content = read_checkpoint(folder / "last.pt")
+@pytest.fixture(scope="module")
+def lines(folder: Path) -> list[str]:
+    """What the export of the whole folder prints; the files are there afterwards. One trace serves all precisions."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        words = ["--mode", "export", "--eval_ckpt", str(folder), "--precision", "float32", "float16", "int8"]
+        assert main(words) == 0
+    return [line for line in said.getvalue().splitlines() if ".onnx" in line]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, lines: list[str]) -> EvalResult:
+    """What the evaluation of the same checkpoint says of the test images."""
+    content = read_checkpoint(folder / "bottle" / "last.pt")
     stage = Stage(from_dict(content["config"]))
     test = build_datasets(stage.config.data, ("bottle",), stage.config.score_size)[1]
-    image = np.stack([test[i].image.numpy() for i in range(len(test))])
-    maps, scores = session.run(None, {"image": image})
-    assert maps.shape == (len(test), 48, 48)
-    detector = load_detector(content, stage, "")
-    result = evaluate(detector, stage.ordered_features(test).epoch(0), ["bottle"], stage.config.eval)
-    expected = [shown.score for shown in result.images]
-    np.testing.assert_allclose(scores, expected, rtol=1e-2, atol=2e-3 * np.abs(expected).max())
-    np.testing.assert_allclose(session.run(None, {"image": image[2:3]})[1], scores[2:3], rtol=1e-4)
+    features = stage.ordered_features(test).epoch(0)
+    return evaluate(load_detector(content, stage, ""), features, ["bottle"], stage.config.eval)
+
+
+def run_alone(model: Path, *paths: Path) -> tuple[list[dict[str, str]], int]:
+    """The lines and the status of deploy/run_onnx.py in a process that has neither PyTorch nor this program."""
+    words = [str(ROOT / "deploy" / "run_onnx.py"), str(model), *map(str, paths)]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *words], capture_output=True, text=True, cwd="/")
+    assert not done.stderr, done.stderr
+    return list(csv.DictReader(done.stdout.splitlines())), done.returncode
+
+
+def numbers(rows: list[dict[str, str]], name: str) -> np.ndarray:
+    return np.array([float(row[name]) for row in rows])
+
+
+def test_a_folder_is_exported_as_a_whole(folder: Path, lines: list[str]) -> None:
+    names = ["model.onnx", "model.float16.onnx", "model.int8.onnx"]
+    assert [line.split(":")[0] for line in lines] == [str(folder / "bottle" / name) for name in names]
+    assert all("(B, 64, 64, 3) -> map, score, p_value, threshold, verdict, mask; " in line for line in lines)
+    assert "; 3 images of noise: 3 of 3 verdicts equal, scores off by " in lines[0]
+    assert all("; 6 normal images: " in line and " of 6 verdicts equal" in line for line in lines[1:])
+
+
+def test_the_script_says_what_an_evaluation_says(folder: Path, expected: EvalResult) -> None:
+    rows, status = run_alone(folder / "bottle" / "model.onnx", *(Path(image.path) for image in expected.images))
+    assert status == 0
+    assert [row["path"] for row in rows] == [image.path for image in expected.images]
+    scores = np.array([image.score for image in expected.images])
+    limits = np.array([image.threshold for image in expected.images])
+    off = 2e-3 * np.abs(scores).max()  # an evaluation rounds features as a cache does
+    np.testing.assert_allclose(numbers(rows, "score"), scores, rtol=1e-2, atol=off)
+    np.testing.assert_allclose(numbers(rows, "threshold"), limits, rtol=1e-5)
+    sure = np.abs(scores - limits) > 1e-2 * np.abs(scores) + off
+    verdicts = np.array([row["verdict"] == "defect" for row in rows])
+    assert sure.sum() > len(rows) // 2
+    np.testing.assert_array_equal(verdicts[sure], np.array([image.defective for image in expected.images])[sure])
+    assert 0 < verdicts.sum() < len(verdicts)
+
+
+def test_the_script_reads_as_the_program_does(folder: Path, expected: EvalResult, tmp_path: Path) -> None:
+    model = folder / "bottle" / "model.onnx"
+    with Image.open(expected.images[-1].path) as image:
+        wide = image.resize((150, 90))
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    (tmp_path / "in" / ".hidden").mkdir(parents=True)
+    wide.save(tmp_path / "in" / "b.PNG")
+    wide.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "in" / "a.png", exif=tags)
+    wide.convert("L").save(tmp_path / "in" / "c.png")
+    wide.save(tmp_path / "in" / ".hidden" / "d.png")
+    (tmp_path / "in" / "e.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    wide.convert("RGBA").resize((80, 80)).save(tmp_path / "f.png")
+    wide.putalpha(128)
+    wide.save(tmp_path / "g.png")
+    Image.fromarray(np.full((9, 9), 999, np.uint16)).save(tmp_path / "h.png")
+    rows, status = run_alone(model, tmp_path / "in", *(tmp_path / f"{n}.png" for n in "fghi"))
+    assert [Path(row["path"]).name for row in rows] == [
+        "a.png",
+        "b.PNG",
+        "c.png",
+        "e.jpg",
+        *(f"{n}.png" for n in "fghi"),
+    ]
+    assert status == 1
+    errors = [row["error"] for row in rows]
+    assert [bool(error) for error in errors] == [False, False, False, True, False, True, True, True]
+    assert "transparent" in errors[5]
+    assert "more than 8 bits" in errors[6]
+    assert errors[7] == "No such file or directory"
+    same = ("score", "p_value", "peak_x", "peak_y")
+    assert [rows[0][name] for name in same] == [rows[1][name] for name in same], "turned as the tag says"
+    session = runtime.InferenceSession(str(model))
+    for row in rows[1:3]:
+        pixels = to_picture(load_image(Path(row["path"]), 64))
+        found = dict(zip(DECIDED, session.run(list(DECIDED), {"image": pixels[None]}), strict=True))
+        assert float(row["score"]) == pytest.approx(float(found["score"][0]), rel=1e-5)
+        y, x = np.unravel_index(found["map"][0].argmax(), (48, 48))
+        assert (int(row["peak_x"]), int(row["peak_y"])) == (int((x + 0.5) * 150 / 48), int((y + 0.5) * 90 / 48))
+
+
+def test_a_batch_is_its_images_and_the_mask_its_map(folder: Path, lines: list[str]) -> None:
+    session = runtime.InferenceSession(str(folder / "bottle" / "model.onnx"))
+    images = np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    images[0, :20] = 255
+    found = dict(zip(DECIDED, session.run(list(DECIDED), {"image": images}), strict=True))
+    for i, image in enumerate(images):
+        single = dict(zip(DECIDED, session.run(list(DECIDED), {"image": image[None]}), strict=True))
+        np.testing.assert_allclose(found["map"][i], single["map"][0], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(found["score"][i], single["score"][0], rtol=1e-3)
+    facts = facts_of(folder / "bottle" / "model.onnx")
+    assert found["map"].shape == (3, 48, 48)
+    np.testing.assert_array_equal(found["mask"], found["map"] > np.float32(facts["pixel_thresholds"][0]))
+    np.testing.assert_array_equal(found["verdict"], found["score"] > found["threshold"])
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    return {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
+
+
+def test_a_file_says_what_it_is(folder: Path, lines: list[str]) -> None:
+    facts = facts_of(folder / "bottle" / "model.float16.onnx")
+    assert (facts["precision"], facts["input_size"], facts["classes"]) == ("float16", 64, ["bottle"])
+    assert (facts["image_score"], facts["map"], facts["top_k"]) == ("surprise", "surprise", 0.03)
+    assert (facts["weights_license"], facts["torch"], facts["version"]) == (None, torch.__version__, __version__)
+    assert facts["readings"]["bottle"]["background"] is None
+    assert facts["false_alarm_rate"] == 0.2
+    assert "no guarantee" in facts["basis"]
+    assert len(facts["thresholds"]) == len(facts["pixel_thresholds"]) >= 1
+    assert facts["colour_scale"] == [0.0, facts["pixel_thresholds"][0]]
+
+
+def test_the_script_without_thresholds(folder: Path, lines: list[str], expected: EvalResult, tmp_path: Path) -> None:
+    model = onnx.load(folder / "bottle" / "model.onnx")
+    del model.graph.output[2:]
+    onnx.save(model, tmp_path / "bare.onnx")
+    rows, status = run_alone(tmp_path / "bare.onnx", Path(expected.images[0].path))
+    assert status == 0
+    assert (rows[0]["p_value"], rows[0]["threshold"], rows[0]["verdict"]) == ("", "", "")
+    assert float(rows[0]["score"]) == pytest.approx(expected.images[0].score, rel=0.02)
+
+
+def test_a_model_without_thresholds_gives_map_and_score(folder: Path) -> None:
+    content = read_checkpoint(folder / "bottle" / "last.pt")
+    stage = Stage(from_dict(content["config"]))
+    content["decision"] = None
+    exported = Exported(stage.extractor, load_detector(content, stage, ""), stage.config.eval).eval()
+    assert exported.names == SCORED
+    assert [tuple(v.shape) for v in exported(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))] == [(2, 48, 48), (2,)]
+
+
+def test_precision_needs_normal_images(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--mode", "export", "--eval_ckpt", str(folder), "--data-path", str(tmp_path / "gone")]
+    assert main([*words, "--precision", "int8"]) == 2
+    assert (
+        "--precision int8: is calibrated on normal images, but --data-path: no such folder" in capsys.readouterr().err
+    )
+    assert main(["--precision", "int8"]) == 2
+    assert "--precision: does nothing without --mode export" in capsys.readouterr().err
 
 
 def test_export_wants_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--mode", "export"]) == 2
     assert "--eval_ckpt: expected a checkpoint" in capsys.readouterr().err
+
+
+def test_engines_side_by_side(folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    made, size = engines.engines_of(folder / "bottle" / "last.pt", threads=1)
+    assert (size, [e.name for e in made]) == (64, ["PyTorch", *(f"onnxruntime {p}" for p in PRECISIONS)])
+    rows = [row.split(" | ") for row in engines.table(made[:2], np.full((1, 64, 64, 3), 99, np.uint8), 1).splitlines()]
+    assert [row[0] for row in rows[2:]] == ["| PyTorch", "| onnxruntime float32"]
+    assert rows[2][2:] == ["1.00", "0 |"]
+    assert float(rows[3][3].rstrip(" |")) < 1e-3
