@@ -127,7 +127,8 @@ class Decision(nn.Module):
         if not self.guaranteed:
             return f"an estimate from the tail of {images}; {enough(self.rate)} would give a guarantee"
         kinds = len([n for n in self.counts if n])
-        return f"guaranteed by {images}" + (f" in {kinds} groups" if kinds > 1 else "") + " that nothing was fitted to"
+        groups = f" in {kinds} groups" if kinds > 1 else ""
+        return f"guaranteed for images like the {images}{groups} that nothing was fitted to"
 
     @property
     def images(self) -> int:

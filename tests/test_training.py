@@ -336,7 +336,7 @@ def test_verdicts_follow_the_stored_thresholds(folder: Path, tmp_path: Path, cap
         assert found["false_alarm_rate"] == float(rate)
         assert found["threshold"] == pytest.approx(max(stored["scores"]))
     out = capsys.readouterr().out
-    assert "decision at a false-alarm rate of 40.00%" in out and "guaranteed by 2 normal images" in out
+    assert "decision at a false-alarm rate of 40.00%" in out and "guaranteed for images like the 2 normal images" in out
     assert "an estimate from the tail of 2 normal images; 999 would give a guarantee" in out
     assert main([*asked, str(tmp_path / "other"), "--image-score", "likelihood"]) == 0
     assert "its thresholds are for another image_score, shown_score than asked for; no verdicts" in (
