@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets import are_unseen, build_datasets, evenly_spread, resolve_classes, split_holdout
+from datasets import are_unseen, build_datasets, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from datasets.reading import Reading
 from default import KEPT, Config, TrainConfig, UsageError, flat, from_dict, settings_of, to_dict
-from models.decision import split_in_two
 from models.detector import Detector
 from models.first_look import first_look
 from models.loss import loss_terms
@@ -26,6 +25,7 @@ from models.official import load_strictly
 from models.vqflow import VQFlow
 from show import pictured, present
 from stage import Source, Stage, load_decision, load_scorer
+from supply import Supply, kept, supply_of
 from test import evaluate, finish
 from utils.report.images import EvalResult
 from utils.report.page import ClassPage
@@ -44,8 +44,6 @@ from utils.run.text import printable
 LAST, BEST = "last.pt", "best_on_test.pt"
 LIKELIHOOD = {"likelihood": "bits_per_dim", "released": "objective_per_dim"}  # the latter in nats: no density
 
-Passes = Callable[[], Iterable[FeatureBatch]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class EpochStats:
@@ -59,27 +57,6 @@ class EpochStats:
     lr: float
     images: int
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Supply:
-    """What a training run is fed with.
-
-    Attributes:
-        training: shuffled batches of a sub epoch, `steps` of them.
-        everything: all `images` training images in order.
-        sample: a fixed sample of the training images.
-        units: held-out normal images that the units of the scores come from, None if none are held out.
-        deciding: others of them, whose scores give the thresholds.
-    """
-
-    training: Callable[[int], Iterable[FeatureBatch]]
-    steps: int
-    everything: Passes
-    images: int
-    sample: Passes
-    units: Passes | None
-    deciding: Passes | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +120,6 @@ def grouped(batches: Iterable[FeatureBatch], size: int) -> Iterator[list[Feature
 def bits_per_dim(nll: float) -> float:
     """Negative log-density in bits per dimension, from nats per dimension without the Gaussian's constant."""
     return nll / math.log(2) + math.log2(2 * math.pi) / 2
-
-
-def kept(passes: Passes) -> Iterator[list[Tensor]]:
-    """The features alone."""
-    return (batch.features for batch in passes())
 
 
 def plain_decision(detector: Detector) -> dict[str, Any] | None:
@@ -333,7 +305,7 @@ def fit_group(
 
     `others` are the training images, the normal images that calibrate, and the test images.
     """
-    config, (kept, normal, test_set) = stage.config, others
+    config, (training, normal, test_set) = stage.config, others
     test_source = stage.ordered_features(test_set) if test_set.items else None
     wanted = pictured(test_set, config.eval)
 
@@ -343,42 +315,10 @@ def fit_group(
         batches = progress(test_source.epoch(0), total=len(test_source), text="evaluation")
         return evaluate(detector, batches, group, config.eval, wanted=wanted)
 
-    supply = supply_of(stage, source, kept, normal if are_unseen(kept, normal) else None)
-    own = identity(stage, group, kept.readings)
+    supply = supply_of(stage, source, training, normal if are_unseen(training, normal) else None)
+    own = identity(stage, group, training.readings)
     trainer = Trainer(config, detector, supply=supply, evaluate=evaluation, folder=folder, identity=own)
-    return trainer.fit(saved_state(stage, group, folder, kept.readings))
-
-
-def supply_of(stage: Stage, source: Source, kept: ImageFolder, held_out: ImageFolder | None) -> Supply:
-    """Features of the images `kept` for training, shuffled by `source`, and of those that are held out."""
-    if stage.config.model.memory and held_out is None and min(stage.config.model.memory, len(kept)) < 2:
-        raise UsageError("--memory: an image alone cannot be compared with others; use more images, or --holdout")
-    total = stage.config.train.meta_epochs * stage.config.train.sub_epochs
-    everything, sample = stage.ordered_features(kept), stage.ordered_features(kept, evenly_spread(kept))
-    units, deciding = (held_features(stage, held_out, numbers) for numbers in roles(held_out))
-
-    def training(sub: int) -> Iterable[FeatureBatch]:
-        text = f"sub epoch {sub + 1}/{total}"
-        return progress(source.epoch(sub), total=len(source), text=text, more=total - sub - 1)
-
-    return Supply(
-        training=training, steps=len(source), images=len(kept), sample=lambda: sample.epoch(0),
-        everything=lambda: progress(everything.epoch(0), total=len(everything), text="first look"),
-        units=units, deciding=deciding,
-    )  # fmt: skip
-
-
-def roles(held_out: ImageFolder | None) -> tuple[list[int], list[int]]:
-    """Numbers of the held-out images that units come from, and of those that decide."""
-    return split_in_two([item.class_index for item in held_out.items]) if held_out is not None else ([], [])
-
-
-def held_features(stage: Stage, held_out: ImageFolder | None, numbers: list[int]) -> Passes | None:
-    """Passes over some of the held-out images, None without any."""
-    if held_out is None or not numbers:
-        return None
-    source = stage.ordered_features(held_out, numbers)
-    return lambda: source.epoch(0)
+    return trainer.fit(saved_state(stage, group, folder, training.readings))
 
 
 def own_folder(folder: Path, config: Config, group: tuple[str, ...]) -> Path:

@@ -1,6 +1,6 @@
 """Imports go one way.
 
-default <- utils <- datasets, models <- stage <- show <- test, export, detector <- train, predict <- main.
+default <- utils <- datasets, models <- stage <- supply, show <- test, export, detector <- train, predict <- main.
 """
 
 import ast
@@ -15,9 +15,10 @@ MAY_IMPORT = {
     "datasets": {"default", "utils", "datasets"},
     "models": {"default", "utils", "models"},
     "stage": {"default", "utils", "datasets", "models"},
+    "supply": {"default", "utils", "datasets", "models", "stage"},
     "show": {"default", "utils", "datasets", "models", "stage"},
     "test": {"default", "utils", "datasets", "models", "stage", "show"},
-    "train": {"default", "utils", "datasets", "models", "stage", "show", "test"},
+    "train": {"default", "utils", "datasets", "models", "stage", "supply", "show", "test"},
     "export": {"default", "utils", "datasets", "models", "stage"},
     "detector": {"default", "utils", "datasets", "models", "stage"},
     "predict": {"default", "utils", "datasets", "models", "stage", "detector"},

@@ -22,9 +22,10 @@ from models.scorer import Scorer, ScoreRule, image_scores
 from models.vqflow import VQFlow
 from show import look_at
 from stage import Stage, load_detector
+from supply import Supply
 from test import evaluate
 from tests.test_vqflow import CHANNELS, build
-from train import Supply, Trainer, train_epoch
+from train import Trainer, train_epoch
 from utils.metrics import evaluate_maps
 from utils.run.checkpoint import read_checkpoint
 from utils.run.log import RunLog, read_lines

@@ -1,0 +1,76 @@
+"""What a training is fed with: features of the images that are trained on, and of those that calibrate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from datasets import evenly_spread
+from datasets.features import FeatureBatch
+from datasets.folder import ImageFolder
+from default import UsageError
+from models.decision import split_in_two
+from stage import Source, Stage
+from utils.run.progress import progress
+
+Passes = Callable[[], Iterable[FeatureBatch]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supply:
+    """What a training run is fed with.
+
+    Attributes:
+        training: shuffled batches of a sub epoch, `steps` of them.
+        everything: all `images` training images in order.
+        sample: a fixed sample of the training images.
+        units: held-out normal images that the units of the scores come from, None if none are held out.
+        deciding: others of them, whose scores give the thresholds.
+    """
+
+    training: Callable[[int], Iterable[FeatureBatch]]
+    steps: int
+    everything: Passes
+    images: int
+    sample: Passes
+    units: Passes | None
+    deciding: Passes | None
+
+
+def kept(passes: Passes) -> Iterator[list[Tensor]]:
+    """The features alone."""
+    return (batch.features for batch in passes())
+
+
+def supply_of(stage: Stage, source: Source, kept: ImageFolder, held_out: ImageFolder | None) -> Supply:
+    """Features of the images `kept` for training, shuffled by `source`, and of those that are held out."""
+    if stage.config.model.memory and held_out is None and min(stage.config.model.memory, len(kept)) < 2:
+        raise UsageError("--memory: an image alone cannot be compared with others; use more images, or --holdout")
+    total = stage.config.train.meta_epochs * stage.config.train.sub_epochs
+    everything, sample = stage.ordered_features(kept), stage.ordered_features(kept, evenly_spread(kept))
+    units, deciding = (held_features(stage, held_out, numbers) for numbers in roles(held_out))
+
+    def training(sub: int) -> Iterable[FeatureBatch]:
+        text = f"sub epoch {sub + 1}/{total}"
+        return progress(source.epoch(sub), total=len(source), text=text, more=total - sub - 1)
+
+    return Supply(
+        training=training, steps=len(source), images=len(kept), sample=lambda: sample.epoch(0),
+        everything=lambda: progress(everything.epoch(0), total=len(everything), text="first look"),
+        units=units, deciding=deciding,
+    )  # fmt: skip
+
+
+def roles(held_out: ImageFolder | None) -> tuple[list[int], list[int]]:
+    """Numbers of the held-out images that units come from, and of those that decide."""
+    return split_in_two([item.class_index for item in held_out.items]) if held_out is not None else ([], [])
+
+
+def held_features(stage: Stage, held_out: ImageFolder | None, numbers: list[int]) -> Passes | None:
+    """Passes over some of the held-out images, None without any."""
+    if held_out is None or not numbers:
+        return None
+    source = stage.ordered_features(held_out, numbers)
+    return lambda: source.epoch(0)
