@@ -112,9 +112,7 @@ class ImageDetector:
 
     def __init__(self, stage: Stage, model: Detector, readings: Sequence[Reading]) -> None:
         self.stage, self.model, self.readings = stage, model, tuple(dict.fromkeys(readings)) or (PLAIN,)
-        self._lock = (
-            threading.Lock()
-        )  # what a model keeps between images, and settings of PyTorch's, are not per thread
+        self._lock = threading.Lock()  # what a model keeps between images is not per thread, nor are PyTorch's settings
 
     @property
     def config(self) -> Config:

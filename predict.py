@@ -138,8 +138,9 @@ def listed() -> list[str]:
 
 
 def check_thresholds(detector: ImageDetector) -> None:
-    """Say once that there are no verdicts; raise `UsageError` where something was asked for that needs them."""
-    if detector.decides:
+    """Say what verdicts rest on, or that there are none; raise `UsageError` where something needs them."""
+    if detector.model.decision is not None:
+        print(detector.model.decision.describe())
         return
     wanted = detector.config.predict
     for name, asked in (("save_masks", wanted.save_masks), ("fail_on", wanted.fail_on)):

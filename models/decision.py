@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from default import EvalConfig
+from utils.metrics.decisions import rule_text
 
 TAIL_SHARE, TAIL_LEAST = 0.25, 10  # of the scores, the highest ones that a tail is fitted to
 RESAMPLES, LEVEL = 400, 0.95  # of an estimate's interval
@@ -139,6 +140,11 @@ class Decision(nn.Module):
     def guaranteed(self) -> bool:
         """Whether the rate follows from exchangeability alone; else the thresholds are estimates."""
         return self.calibrated.unseen and self.images >= enough(self.rate)
+
+    def describe(self) -> str:
+        """In a line: rate, threshold of the first category, and basis."""
+        interval = None if self.guaranteed else self.interval()
+        return rule_text(self.rate, float(self.thresholds[0]), interval, self.basis)
 
     def interval(self) -> tuple[float, float]:
         """95 % interval of the first category's threshold where it is an estimate: parametric bootstrap of the tail."""

@@ -170,6 +170,7 @@ def test_files_in_a_folder_become_rows_and_pictures(
     out = tmp_path / "out"
     assert predict(run_folder, tree / "bottle" / "test", "--output", out, "--save-masks", "--save-maps", "npy") == 0
     printed = capsys.readouterr()
+    assert printed.out.count("decision at a false-alarm rate of") == 1
     assert f"{len(images)} images:" in printed.out
     assert "\r" not in printed.err, "no bar where there is no terminal"
     rows = table(out)

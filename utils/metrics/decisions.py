@@ -88,8 +88,11 @@ class Decided:
 
     def __str__(self) -> str:
         alarms, found = self.total(self.false_alarms.values()), self.total(self.found.values())
-        span = "" if self.interval is None else " ({:.4g} to {:.4g})".format(*self.interval)
-        return (
-            f"decision at a false-alarm rate of {self.rate:.2%}, threshold {self.threshold:.4g}{span}, {self.basis}: "
-            f"{alarms} good images alarmed, {found} defective ones found"
-        )
+        rule = rule_text(self.rate, self.threshold, self.interval, self.basis)
+        return f"{rule}: {alarms} good images alarmed, {found} defective ones found"
+
+
+def rule_text(rate: float, threshold: float, interval: tuple[float, float] | None, basis: str) -> str:
+    """How it is decided, with the 95 % interval of a threshold that is an estimate."""
+    span = "" if interval is None else f" ({interval[0]:.4g} to {interval[1]:.4g})"
+    return f"decision at a false-alarm rate of {rate:.2%}, threshold {threshold:.4g}{span}, {basis}"
