@@ -208,7 +208,8 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         detector = load_detector(content, stage, str(path))
         source = stage.ordered_features(test)
         batches = progress(source.epoch(0), total=len(source), text="evaluation")
-        parts.append(evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval)))
+        with stage.reading():
+            parts.append(evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval)))
         folder = folder or new_run(own)
         write_scores(folder, (image for part in parts for image in part.images))
         sets = (*split_holdout(train, own.data.holdout), test)
