@@ -137,3 +137,13 @@ def test_reassign_moves_unused_codes_to_the_most_used() -> None:
 def test_usage_statistics() -> None:
     assert usage_statistics(torch.tensor([1.0, 1.0, 1.0, 1.0]))["perplexity"] == pytest.approx(4)
     assert usage_statistics(torch.tensor([7.0, 0.0, 0.0, 0.0])) == pytest.approx({"perplexity": 1.0, "used": 0.25})
+
+
+def test_more_codes_than_samples_start_beside_them() -> None:
+    torch.manual_seed(0)
+    samples = torch.randn(7, 3) * torch.tensor([1.0, 20.0, 0.01])
+    start = Codebook(codes=100, dim=3)._start(samples)
+    gaps, nearest = torch.cdist(start / samples.std(0), samples / samples.std(0)).min(1)
+    assert 0 < gaps.max() < 0.1, "noise of a hundredth of the spread"
+    assert torch.bincount(nearest, minlength=7).min() >= 14, "each sample stands for as many codes"
+    assert len(start.unique(dim=0)) == 100
