@@ -23,7 +23,7 @@ from datasets.folder import GOOD, DatasetSpec
 from datasets.walk import scan_mvtec
 from default import UsageError
 
-VERSION = "3"
+VERSION = "4"
 MARKER = ".sample-version"
 TRAIN, CALIBRATION, TEST_GOOD, PER_KIND = 48, 24, 12, 5
 Picture = NDArray[np.uint8]
@@ -34,40 +34,46 @@ Region = tuple[int, int, int, int]  # left, top, right, bottom
 class Source:
     """A shipped picture: file, side of a crop in pixels, and disjoint parts for crops of the three roles.
 
+    Calibration crops come from both sides of the test crops, as they are to be like them.
+
     `hides` names a class whose patches cannot be told from this one's own texture by eye.
     """
 
     file: str
     crop: int
     train: Region
-    calibration: Region
+    calibration: tuple[Region, Region]
     test: Region
     hides: str | None = None
 
 
-# Train from one side, calibration and test from the two halves of the other; 8 pixels lie between any two of them.
+# Train from one side, test from the middle of the other, calibration from both of its ends; 8 pixels lie between.
 SOURCES = {
     "brick": Source(
-        file="brick.png", crop=128, train=(0, 0, 512, 312), calibration=(0, 320, 252, 512), test=(260, 320, 512, 512)
+        file="brick.png", crop=128, train=(0, 0, 512, 312), test=(168, 320, 344, 512),
+        calibration=((0, 320, 160, 512), (352, 320, 512, 512)),
     ),
     "grass": Source(
-        file="grass.png", crop=128, train=(0, 0, 312, 512), calibration=(320, 0, 512, 252), test=(320, 260, 512, 512),
+        file="grass.png", crop=128, train=(0, 0, 312, 512), test=(320, 168, 512, 344),
+        calibration=((320, 0, 512, 160), (320, 352, 512, 512)),
         hides="gravel",
     ),
     "gravel": Source(
-        file="gravel.png", crop=128, train=(0, 0, 312, 512), calibration=(320, 0, 512, 252), test=(320, 260, 512, 512),
+        file="gravel.png", crop=128, train=(0, 0, 312, 512), test=(320, 168, 512, 344),
+        calibration=((320, 0, 512, 160), (320, 352, 512, 512)),
         hides="grass",
     ),
     "retina": Source(
-        file="retina.jpg", crop=192, train=(280, 200, 1130, 752), calibration=(280, 760, 701, 1200),
-        test=(709, 760, 1130, 1200),
+        file="retina.jpg", crop=192, train=(280, 200, 1130, 752), test=(568, 760, 842, 1200),
+        calibration=((280, 760, 560, 1200), (850, 760, 1130, 1200)),
     ),
     "stars": Source(
-        file="hubble_deep_field.jpg", crop=192, train=(0, 0, 1000, 512), calibration=(0, 520, 496, 872),
-        test=(504, 520, 1000, 872),
+        file="hubble_deep_field.jpg", crop=192, train=(0, 0, 1000, 512), test=(336, 520, 664, 872),
+        calibration=((0, 520, 328, 872), (672, 520, 1000, 872)),
     ),
     "tissue": Source(
-        file="ihc.png", crop=128, train=(0, 0, 312, 512), calibration=(320, 0, 512, 252), test=(320, 260, 512, 512)
+        file="ihc.png", crop=128, train=(0, 0, 312, 512), test=(320, 168, 512, 344),
+        calibration=((320, 0, 512, 160), (320, 352, 512, 512)),
     ),
 }  # fmt: skip
 
@@ -76,6 +82,14 @@ def read_source(source: Source) -> Picture:
     """The whole picture, RGB (H, W, 3)."""
     with importlib.resources.as_file(importlib.resources.files("skimage.data") / source.file) as path:
         return np.array(Image.open(path).convert("RGB"))
+
+
+def region_of(source: Source, role: str, number: int) -> Region:
+    """Where the crops of a role come from; calibration crops two by two from either side of the test crops, as every
+    second one gives units and the others thresholds."""
+    if role == "calibration":
+        return source.calibration[number // 2 % 2]
+    return source.train if role == "train" else source.test
 
 
 def random_place(source: Source, region: Region, rng: np.random.Generator) -> tuple[int, int]:
@@ -214,12 +228,10 @@ def write_class(folder: Path, name: str) -> None:
     source = SOURCES[name]
     picture = read_source(source)
     others = [read_source(other) for key, other in SOURCES.items() if key not in (name, source.hides)]
-    for role, region, key, count in (
-        ("train", source.train, "train", TRAIN), ("calibration", source.calibration, "calibration", CALIBRATION),
-        ("test", source.test, GOOD, TEST_GOOD),
-    ):  # fmt: skip
+    counts = (("train", "train", TRAIN), ("calibration", "calibration", CALIBRATION), ("test", GOOD, TEST_GOOD))
+    for role, key, count in counts:
         for number in range(count):
-            crop = random_crop(picture, source, region, generator(name, key, number))
+            crop = random_crop(picture, source, region_of(source, role, number), generator(name, key, number))
             save(folder / role / GOOD / f"{number:03d}.png", crop)
     for kind in DEFECTS:
         for number in range(PER_KIND):

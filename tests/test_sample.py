@@ -23,6 +23,7 @@ from datasets.sample import (
     random_crop,
     random_place,
     read_source,
+    region_of,
 )
 from default import DataConfig, UsageError
 
@@ -61,7 +62,7 @@ def crops(name: str) -> dict[str, list[tuple[int, int]]]:
         "calibration": [("calibration", n) for n in range(CALIBRATION)],
     }  # fmt: skip
     return {
-        role: [random_place(source, getattr(source, role), generator(name, *key)) for key in found]
+        role: [random_place(source, region_of(source, role, key[1]), generator(name, *key)) for key in found]
         for role, found in keys.items()
     }
 
@@ -83,8 +84,10 @@ def test_no_crop_overlaps_one_of_another_role(root: Path, name: str) -> None:
             apart = max(abs(a[0] - b[0]), abs(a[1] - b[1])) - source.crop
             assert apart >= 8, f"{first} and {second}: pixels between crops"
     height, width, _ = read_source(source).shape
-    assert max(right for _, _, right, _ in (source.train, source.calibration, source.test)) <= width
-    assert max(bottom for *_, bottom in (source.train, source.calibration, source.test)) <= height
+    for _, _, right, bottom in (source.train, *source.calibration, source.test):
+        assert right <= width and bottom <= height
+    deciding = {region_of(source, "calibration", n) for n in range(1, CALIBRATION, 2)}
+    assert deciding == set(source.calibration), "from both sides"
 
 
 def test_masks_are_exactly_the_changed_pixels() -> None:
