@@ -165,17 +165,10 @@ def finish(
 
 
 def on_classes_there(content: dict[str, Any], config: Config, chosen: dict[str, Any]) -> Config | None:
-    """Unless classes were asked for by name: those of a checkpoint's classes that the data set holds, None if none.
-
-    Raises:
-        UsageError: a class was asked for that the checkpoint does not have.
-    """
+    """Unless classes were asked for by name: those of a checkpoint's classes that the data set holds, None if none."""
     own, asked = content.get("classes"), chosen.get("class_names", ("all",))
     if own is None:  # an official checkpoint names none
         return config
-    for name in asked:
-        if name not in ("all", *own):
-            raise UsageError(f"--class-names: the model has no class {name!r}; choose from all, {', '.join(own)}")
     names = present_classes(config.data, own) if "all" in asked else config.data.class_names
     return replace(config, data=replace(config.data, class_names=names)) if names else None
 

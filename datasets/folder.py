@@ -149,11 +149,6 @@ class ImageFolder(Dataset[Sample]):
         """Other images, or masks of another size, read in the same way."""
         return ImageFolder(items, self.input_size, mask_size or self.mask_size, self.readings, self.max_pixels)
 
-    def without_masks(self) -> set[int]:
-        """Classes that have defective images but no mask of any of them."""
-        defective = {i.class_index for i in self.items if i.label}
-        return defective - {i.class_index for i in self.items if i.mask_path is not None}
-
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples as one batch."""

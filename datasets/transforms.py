@@ -10,18 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from datasets.decode import read_pixels
-from datasets.pixels import MAX_PIXELS, Pixels
-from datasets.reading import PLAIN, Reading, picture
-
-
-def load_image(path: Path, size: int, reading: Reading = PLAIN, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """An image file, upright: (3, size, size) float32 in [0, 1].
-
-    Raises:
-        UsageError: it cannot be read, or not so.
-    """
-    return to_tensor(path, read_pixels(path, max_pixels), size, reading)
+from datasets.pixels import Pixels
+from datasets.reading import Reading, picture
 
 
 def to_tensor(path: Path, pixels: Pixels, size: int, reading: Reading) -> Tensor:
@@ -34,5 +24,5 @@ def to_tensor(path: Path, pixels: Pixels, size: int, reading: Reading) -> Tensor
 
 
 def to_picture(image: Tensor) -> NDArray[np.uint8]:
-    """What `load_image` gave, (3, H, W) in [0, 1], as RGB (H, W, 3) to look at."""
+    """What `to_tensor` gave, (3, H, W) in [0, 1], as RGB (H, W, 3) to look at."""
     return (image.cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

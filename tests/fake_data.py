@@ -10,6 +10,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
+
+from datasets.decode import read_pixels
+from datasets.pixels import MAX_PIXELS
+from datasets.reading import PLAIN, Reading
+from datasets.transforms import to_tensor
 
 SIDE = 64
 TINY = [
@@ -114,3 +120,8 @@ def make_visa_original(root: Path, classes: Sequence[str] = ("candle", "pcb1"), 
     with (root / "split_csv" / "1cls.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["object", "split", "label", "image", "mask"], *rows])
     return root
+
+
+def load_image(path: Path, size: int, reading: Reading = PLAIN, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """An image file as a data set gives it: (3, size, size) in [0, 1]."""
+    return to_tensor(path, read_pixels(path, max_pixels), size, reading)

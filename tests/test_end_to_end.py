@@ -273,6 +273,8 @@ def test_single_class_training_ends_in_one_table(place: Path, capsys: pytest.Cap
     assert main([*work, str(place / "single-tested")]) == 0
     assert results(only(place, "single-tested"))["classes"] == found
     assert results(only(place, "single-tested"))["config"]["data"]["class_names"] == ["bottle", "grid"]
+    assert main([*work, str(place / "single-both"), "--class-names", "grid", "bottle"]) == 0
+    assert results(only(place, "single-both"))["classes"] == found
     assert main([*work, str(place / "single-grid"), "--class-names", "grid"]) == 0
     assert results(only(place, "single-grid"))["classes"] == {"grid": found["grid"]}
     capsys.readouterr()

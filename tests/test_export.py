@@ -16,10 +16,10 @@ from PIL import Image
 
 from benchmarks import engines
 from datasets import build_datasets
-from datasets.transforms import load_image, to_picture
+from datasets.transforms import to_picture
 from default import PRECISIONS, __version__, from_dict
 from export import DECIDED, SCORED, Exported
-from fake_data import METHOD, TINY, make_mvtec
+from fake_data import METHOD, TINY, load_image, make_mvtec
 from main import main
 from stage import Stage, load_detector
 from test import EvalResult, evaluate

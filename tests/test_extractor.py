@@ -12,8 +12,8 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-from datasets.transforms import load_image
 from default import UsageError
+from fake_data import load_image
 from models.extractor import IMAGENET, PACKAGED, FrozenExtractor, packaged_weights
 
 SMALL = "test_resnet"  # timm's own miniature for tests

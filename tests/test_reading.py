@@ -13,9 +13,9 @@ from datasets.cache import cache_key
 from datasets.decode import read_pixels
 from datasets.pixels import read_header
 from datasets.reading import RELEASED, Reading, check_flags, decide, float_span, integer_span
-from datasets.transforms import load_image, to_picture
+from datasets.transforms import to_picture
 from default import DataConfig, UsageError, make_config
-from fake_data import make_mvtec, picture, png16, save
+from fake_data import load_image, make_mvtec, picture, png16, save
 
 SIDE = 48
 DEEP = np.random.default_rng(0).integers(0, 65536, (SIDE, SIDE, 4)).astype(np.uint16)

@@ -14,9 +14,9 @@ from datasets import build_datasets
 from datasets.decode import read_pixels
 from datasets.pixels import read_header
 from datasets.reading import Reading, decide
-from datasets.transforms import load_image, to_picture
+from datasets.transforms import to_picture
 from default import DataConfig, UsageError
-from fake_data import make_mvtec, picture, png16, save
+from fake_data import load_image, make_mvtec, picture, png16, save
 
 # --- transparency
 
