@@ -46,13 +46,13 @@ def heeding() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.asked, _State.holding = 0, False
     before = {number: signal.signal(number, _on_signal) for number in SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _State.asked, _State.holding = 0, False
 
 
 def _on_signal(number: int, _: object) -> None:
