@@ -64,6 +64,9 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
 }
 
 
+KEPT = "what was finished before is kept; a training goes on with --resume"
+
+
 class Parser(argparse.ArgumentParser):
     """Raises `UsageError` instead of printing the usage and leaving."""
 
@@ -238,9 +241,9 @@ def guarded(argv: Sequence[str]) -> int:
     except UsageError as error:
         return said(f"error: {error}", 2)
     except Stopped as stop:
-        return said(f"stopped: {stop.text or 'what was finished before is kept'}", stop.status)
+        return said(f"stopped: {stop.text or KEPT}", stop.status)
     except KeyboardInterrupt:
-        return said("stopped: what was finished before is kept", 130)
+        return said(f"stopped: {KEPT}", 130)
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -32,7 +32,7 @@ class Saved:
 
     def line(self, total: int) -> str:
         """Says from where --resume goes on, of `total` meta epochs."""
-        lost = "".join(f"; {path.name} cannot be read, so from {self.path.name}" for path in self.damaged)
+        lost = "".join(f"; {p.name} cannot be read and is now {p.name}.damaged" for p in self.damaged)
         if self.done >= total:
             return f"--resume: {self.path.parent} has its {total} meta epochs; it is evaluated{lost}"
         place = self.content.get("place")

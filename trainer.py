@@ -93,6 +93,8 @@ class Trainer:
         train = self.config.train
         self._begin_epoch()
         done = self._restore(saved.content) if saved else 0
+        for path in saved.damaged if saved else ():
+            path.replace(path.with_name(path.name + ".damaged"))  # or it would take the place of the one before
         if train.resume:
             start = f"--resume: {self.folder} goes on with meta epoch 1 of {train.meta_epochs}, the first"
             print(printable(saved.line(train.meta_epochs) if saved else start))
@@ -176,7 +178,7 @@ class Trainer:
         self.steps += 1
         if asked():
             self._stop(epoch, asked())
-        if train.save_every and self.steps % train.save_every == 0:
+        if train.save_every and self.steps % train.save_every == 0 and not place.streak:
             self._save_middle(epoch)
 
     def _stop(self, epoch: int, number: int) -> NoReturn:
@@ -243,10 +245,10 @@ class Trainer:
         self.keeper.finished(self._content(epoch), self._progress(), best=improved)
 
     def _save_middle(self, epoch: int) -> None:
-        """Save the meta epoch after `epoch` finished ones as far as it is."""
+        """Save the meta epoch after `epoch` finished ones as far as it is; thresholds would be those of before."""
         self._refuse_broken()
         usage = {name: book.usage for name, book in self.flow.hierarchy.codebooks().items()}
-        more = {"place": asdict(self.place), "usage": usage}
+        more = {"place": asdict(self.place), "usage": usage, "decision": None}
         self.keeper.middle(self._content(epoch) | self._progress() | more)
 
     def _restore(self, saved: dict[str, Any]) -> int:

@@ -107,6 +107,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(when: int, unbroken: Path, tmp_p
     assert f"{tmp_path / MIDDLE} holds the run up to here, meta epoch {epoch + 1} of 2; the same" in caught.value.text
     saved = farthest(tmp_path)
     assert saved is not None and saved.path.name == MIDDLE
+    assert saved.content["decision"] is None, "it would be of other weights"
     if position < 6:
         assert f", after batch {position % 3 + 1} of its sub epoch {position // 3 + 1}" in saved.line(2) or not (
             (position + 1) % 3
@@ -139,7 +140,16 @@ def test_a_damaged_checkpoint_leaves_the_one_before(unbroken: Path, tmp_path: Pa
     (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:1000])
     saved = farthest(tmp_path)
     assert saved is not None and saved.path.name == PREVIOUS and saved.damaged == (tmp_path / LAST,)
-    assert saved.line(2).endswith("goes on with meta epoch 2 of 2; last.pt cannot be read, so from previous.pt")
+    assert saved.line(2).endswith("goes on with meta epoch 2 of 2; last.pt cannot be read and is now last.pt.damaged")
+
+    def broken() -> None:
+        assert (tmp_path / "last.pt.damaged").stat().st_size == 1000
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path, Feed(6, broken)).fit(saved)
+    saved = farthest(tmp_path)
+    assert saved is not None and saved.path.name == PREVIOUS, "it is still there"
     trainer(tmp_path, Feed()).fit(saved)
     for part in ("model", "optimizer", "random", "scorer", "best_on_test"):
         assert same(read_checkpoint(unbroken / LAST)[part], read_checkpoint(tmp_path / LAST)[part])
