@@ -26,7 +26,9 @@ def trouble(error: BaseException) -> str | None:
     if "OutOfMemoryError" in (kind.__name__ for kind in type(error).__mro__) or any(m in text for m in MEMORY):
         return f"out of memory: {text[:200]}; a smaller --batch-size or --input-size needs less, --accumulate, too"
     if text.startswith("DataLoader worker"):
-        return f"a process that reads images died ({text[:200]}); fewer --workers need less memory, and --resume goes on"
+        return (
+            f"a process that reads images died ({text[:200]}); fewer --workers need less memory, and --resume goes on"
+        )
     return None
 
 
