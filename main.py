@@ -47,6 +47,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
         "does nothing in --mode train; to go on with a run, use --resume",
     ),
     "output": _PREDICTING,
+    "engine": _PREDICTING,
     "save_maps": _PREDICTING,
     "save_masks": _PREDICTING,
     "fail_on": _PREDICTING,

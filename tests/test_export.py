@@ -83,7 +83,10 @@ def numbers(rows: list[dict[str, str]], name: str) -> np.ndarray:
 def test_a_folder_is_exported_as_a_whole(folder: Path, lines: list[str]) -> None:
     names = ["model.onnx", "model.float16.onnx", "model.int8.onnx"]
     assert [line.split(":")[0] for line in lines] == [str(folder / "bottle" / name) for name in names]
-    assert all("(B, 64, 64, 3) -> map, score, p_value, threshold, verdict, mask; " in line for line in lines)
+    assert all(
+        "(B, 64, 64, 3) -> map, score, p_value, threshold, verdict, mask, pixel_threshold, concept; " in line
+        for line in lines
+    )
     assert "; 3 images of noise: 3 of 3 verdicts equal, scores off by " in lines[0]
     assert all("; 6 normal images: " in line and " of 6 verdicts equal" in line for line in lines[1:])
 
@@ -191,8 +194,9 @@ def test_a_model_without_thresholds_gives_map_and_score(folder: Path) -> None:
     stage = Stage(from_dict(content["config"]))
     content["decision"] = None
     exported = Exported(stage.extractor, load_detector(content, stage, ""), stage.config.eval).eval()
-    assert exported.names == SCORED
-    assert [tuple(v.shape) for v in exported(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))] == [(2, 48, 48), (2,)]
+    assert exported.names == (*SCORED, "concept")
+    shapes = [tuple(v.shape) for v in exported(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))]
+    assert shapes == [(2, 48, 48), (2,), (2,)]
 
 
 def test_precision_needs_normal_images(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

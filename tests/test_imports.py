@@ -1,6 +1,7 @@
 """Imports go one way.
 
-default <- utils <- datasets, models <- stage <- supply, show <- test, export, detector <- train, predict <- main.
+default <- utils <- datasets, models <- stage <- supply, show <- test, export <- engine <- detector <- train, predict
+<- main.
 """
 
 import ast
@@ -20,8 +21,10 @@ MAY_IMPORT = {
     "test": {"default", "utils", "datasets", "models", "stage", "show"},
     "train": {"default", "utils", "datasets", "models", "stage", "supply", "show", "test"},
     "export": {"default", "utils", "datasets", "models", "stage"},
-    "detector": {"default", "utils", "datasets", "models", "stage"},
-    "predict": {"default", "utils", "datasets", "models", "stage", "detector"},
+    "engine": {"default", "utils", "datasets", "models", "stage", "export"},
+    "prediction": {"default", "engine"},
+    "detector": {"default", "utils", "datasets", "models", "stage", "engine", "prediction"},
+    "predict": {"default", "utils", "datasets", "models", "stage", "detector", "prediction"},
     "main": {"default", "utils", "datasets", "models", "stage", "show", "test", "train", "export", "predict"},
 }
 FILES = sorted(

@@ -77,18 +77,6 @@ def test_unlabelled_test_images_are_no_defects(tmp_path: Path, capsys: pytest.Ca
     assert "grid" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_model_for_each_class_is_chosen_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = tmp_path / "parts"
-    image = images(data / "nut") / "0.png"
-    images(data / "bolt")
-    assert run(data, tmp_path / "work", "--no-multi-class") == 0
-    folder = next(p for p in (tmp_path / "work").iterdir() if p.name != "cache")
-    argv = ["--mode", "predict", "--eval_ckpt", str(folder), "--device", "cpu", str(image)]
-    assert main(argv) == 2
-    assert "choose one of bolt, nut with --class-names CLASS" in capsys.readouterr().err
-    assert main([*argv, "--class-names", "nut"]) == 0
-
-
 def test_which_folders_are_classes(tmp_path: Path) -> None:
     def found(*files: str) -> list[str]:
         root = tmp_path / str(len(list(tmp_path.iterdir()))) / "parts"

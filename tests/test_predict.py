@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 
 from default import UsageError
-from detector import Opened, Prediction, load_detector, regions_of
+from detector import Opened, load_detector
 from fake_data import METHOD, TINY, make_mvtec, picture, png16
 from main import main
 from predict import opened_batches, scaled
+from prediction import Prediction, regions_of
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -352,7 +353,7 @@ def test_large_images_are_not_in_memory_together(monkeypatch: pytest.MonkeyPatch
 
         def read(self, path: Path) -> Opened:
             side = int(path.name)
-            return Opened(image=torch.zeros(3, 1, 1), size=(side, side), picture=np.zeros((1, 1, 3), np.uint8))
+            return Opened(views={(0,): torch.zeros(3, 1, 1)}, size=(side, side), picture=np.zeros((1, 1, 3), np.uint8))
 
     names = [Path(str(side)) for side in (10, 10, 10, 10, 10, 6000, 10, 5000, 5000, 10)]
     batches = [[int(path.name) for path, _, _ in b] for b in opened_batches(Folder(), names)]  # type: ignore[arg-type]
@@ -378,11 +379,6 @@ def test_mistakes_are_one_line(
 ) -> None:
     assert predict(run_folder, *words) == 2
     assert expected in capsys.readouterr().err
-
-
-def test_an_onnx_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert predict(tmp_path / "model.onnx", "docs") == 2
-    assert "run it with onnxruntime" in capsys.readouterr().err
 
 
 def test_an_evaluation_writes_every_images_score(run_folder: Path, tree: Path) -> None:
