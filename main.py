@@ -174,9 +174,7 @@ def run(argv: Sequence[str]) -> int:
     if dry:
         print(json.dumps({"version": __version__} | to_dict(config), indent=2))
     elif config.run.mode == "train":
-        from train import run_training
-
-        for_each_seed(config, run_training)
+        for_each_seed(config, train)
     elif config.run.mode == "table":
         from utils.report.gather import gather_runs
 
@@ -194,6 +192,16 @@ def run(argv: Sequence[str]) -> int:
 
         run_test(config, chosen)
     return 0
+
+
+def train(config: Config) -> Path:
+    """Train, then judge the test images without labels; the run folder."""
+    from predict import predict_unlabelled
+    from train import run_training
+
+    folder = run_training(config)
+    predict_unlabelled(config, folder)
+    return folder
 
 
 def for_each_seed(config: Config, train: Callable[[Config], Path]) -> None:

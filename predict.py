@@ -18,9 +18,10 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from datasets import unlabelled
 from datasets.walk import image_files
 from default import MANY_IMAGES, SOME_IMAGES, Config, UsageError, flag_of
-from detector import ImageDetector, Opened, loaded
+from detector import ImageDetector, Opened, load_detector, loaded
 from prediction import Prediction
 from utils.report.plots import heat_overlay, save_picture
 from utils.report.verdicts import WORDS, Rows
@@ -66,14 +67,35 @@ def run_predict(config: Config, chosen: dict[str, Any]) -> int:
             print(f"waiting for images in {watched}; Ctrl-C ends this; rows are written to {folder}", flush=True)
             with contextlib.suppress(KeyboardInterrupt):
                 watch(detector, Path(watched), folder, rows, counts)
+    tell(counts, detector, folder)
+    if counts.errors:
+        return 1
+    return 3 if counts.defects and config.predict.fail_on else 0
+
+
+def predict_unlabelled(config: Config, run: Path) -> None:
+    """Judge the images in the test folders of a finished run's data that have no labels, in its folder `predict`."""
+    found = unlabelled(config.data)
+    if not found:
+        return
+    folder, counts = new_folder(run, "predict"), Counts()
+    with Rows(folder) as rows:
+        for name, paths in found.items():
+            print(printable(f"{name}: {len(paths)} images without labels"))
+            detector = load_detector(run, class_name=name, device=config.run.device)
+            check_thresholds(detector)
+            judge_all(detector, paths, folder, rows, counts)
+    tell(counts, detector, folder)
+
+
+def tell(counts: Counts, detector: ImageDetector, folder: Path) -> None:
+    """The last lines."""
     print(
         f"{counts.images} images: {counts.defects} defective, {counts.errors} not read; computed by {detector.engine}; "
         f"written to: {folder}"
     )
     if counts.errors:
         print(f"{counts.errors} of {counts.images} images could not be read; scores.csv says why", file=sys.stderr)
-        return 1
-    return 3 if counts.defects and config.predict.fail_on else 0
 
 
 @dataclass
