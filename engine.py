@@ -28,6 +28,7 @@ from utils.run.log import optional
 from utils.run.precision import Images
 
 EXTRAS = {"onnxruntime": "export", "openvino": "openvino"}  # of each engine beside PyTorch
+ROUGH = 0.05  # of the highest value: what two engines' maps may differ by, on average, in integers
 Run = Callable[[Images], Mapping[str, NDArray]]  # pictures (B, S, S, 3) -> what the file gives, by names
 Facts = Mapping[str, Any]
 
@@ -230,9 +231,20 @@ def file_engine(path: Path, config: Config) -> Onnx:
     facts = facts_of(session, path)
     if wanted != "openvino":
         return Onnx("onnxruntime", runtime_run(session), facts)
-    if facts["precision"] == "int8":
-        raise UsageError(f"--engine openvino: computes the 8-bit integers of {path} wrongly; use onnxruntime")
-    return Onnx("openvino", openvino_run(path), facts)
+    run = openvino_run(path)
+    check_alike(runtime_run(session), run, path, facts)
+    return Onnx("openvino", run, facts)
+
+
+def check_alike(expected: Run, run: Run, path: Path, facts: Facts) -> None:
+    """Raise `UsageError` if OpenVINO says of noise what onnxruntime does not say: of integers it has done so."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, facts["input_size"], facts["input_size"], 3), dtype=np.uint8)
+    theirs, ours = run(noise)["map"], expected(noise)["map"]
+    off = float(np.abs(theirs - ours).mean() / np.abs(ours).max())
+    if not off < (ROUGH if facts["precision"] == "int8" else TOLERANCE):
+        raise UsageError(
+            f"--engine openvino: computes {path} wrongly, off by {off:.0%} of the highest; use onnxruntime"
+        )
 
 
 def facts_of(session: Any, path: Path) -> dict[str, Any]:

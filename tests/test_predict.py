@@ -245,6 +245,14 @@ def test_a_mixed_folder_is_judged_in_one_run(
     image.save(mixed / "turned.jpg", exif=turned)
     image.save(mixed / "with spaces, 漢字.png")
     image.save(mixed / ODD)
+    image.convert("L").save(mixed / "grey.tif")
+    image.quantize(16).save(mixed / "palette.gif")
+    image.save(mixed / "frames.gif", save_all=True, append_images=[image.rotate(90)])
+    image.convert("RGBA").resize((50, 50)).save(mixed / "opaque.png")
+    image.putalpha(128)
+    image.save(mixed / "clear.png")
+    image = image.convert("RGB")
+    (mixed / "cut.jpg").write_bytes((mixed / "plain.jpg").read_bytes()[:-300])
     png16(mixed / "deep.png", np.asarray(image).astype(np.uint16) * 257, 2)
     (mixed / "cut.png").write_bytes((mixed / ODD).read_bytes()[:600])
     (mixed / "text.png").write_text("no image at all")
@@ -260,9 +268,12 @@ def test_a_mixed_folder_is_judged_in_one_run(
         ODD.replace("\udcff", "\\xff"): "", "deep.png": "is beyond 0 to 255, the range of its class's training images",
         "cut.png": "cannot be read as an image", "text.png": "cannot be read as an image",
         "empty.png": "cannot be read as an image", "huge.png": "pixels are more than --max-pixels",
+        "grey.tif": "", "palette.gif": "", "opaque.png": "", "clear.png": "is transparent",
+        "frames.gif": "several frames",
+        "cut.jpg": "cannot be read as an image",
     }  # fmt: skip
     assert predict(run_folder, mixed, "--output", tmp_path / "out", "--save-masks") == 1
-    assert f"5 of {len(expected)} images could not be read" in capsys.readouterr().err
+    assert f"8 of {len(expected)} images could not be read" in capsys.readouterr().err
     rows = {Path(row["path"]).name: row for row in table(tmp_path / "out")}
     assert rows.keys() == expected.keys()
     for name, reason in expected.items():
