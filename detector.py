@@ -26,12 +26,13 @@ from datasets.pixels import Pixels, check_size, has_transparency
 from datasets.reading import PLAIN, Reading, picture
 from datasets.transforms import to_tensor
 from default import KEPT, Config, UsageError, flag_of, make_config, settings_of, shown
-from engine import EXTRAS, Answer, Engine, Features, Graph, Torch, file_engine, has_8_bits, installed, quickest
+from engine import Answer, Engine, Features, Graph, Torch, file_engine, installed, quickest
 from models.extractor import Normalization
 from prediction import Prediction, normality, prediction
 from stage import Stage, find_checkpoints, image_readings, normalization_of, settled_config
 from stage import load_detector as load_model
 from utils.run.checkpoint import read_checkpoint
+from utils.run.engines import EXTRAS, has_8_bits
 from utils.run.seed import random_state, restore_random_state
 
 Given = str | Path | Image.Image | NDArray

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,12 +25,10 @@ from models.scorer import image_scores
 from stage import Stage
 from utils.metrics.decisions import rule_text
 from utils.run.checkpoint import read_checkpoint
+from utils.run.engines import EXTRAS, Run, has_8_bits, openvino_run, pictures, runtime_run, runtime_session
 from utils.run.log import optional
-from utils.run.precision import Images
 
-EXTRAS = {"onnxruntime": "export", "openvino": "openvino"}  # of each engine beside PyTorch
 ROUGH = 0.05  # of the highest value: what two engines' maps may differ by, on average, in integers
-Run = Callable[[Images], Mapping[str, NDArray]]  # pictures (B, S, S, 3) -> what the file gives, by names
 Facts = Mapping[str, Any]
 
 
@@ -151,17 +150,6 @@ class Quick:
         return answers(found["map"], found["score"], found.get("concept"), decided)
 
 
-def pictures(image: Tensor) -> Images:
-    """Images (B, 3, S, S) in [0, 1] as a graph takes them, (B, S, S, 3) in 8 bits."""
-    return (image * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def has_8_bits(image: Tensor) -> bool:
-    """Whether 8 bits per channel lose nothing of images in [0, 1]."""
-    level = image * 255
-    return bool((level - level.round()).abs().max() < 1e-3)
-
-
 def rule_of(facts: Facts) -> str | None:
     """How a file decides, None without thresholds."""
     if "thresholds" not in facts:
@@ -172,48 +160,6 @@ def rule_of(facts: Facts) -> str | None:
 
 
 # --- engines on a file
-
-
-def runtime_session(file: Path | bytes, device: str) -> Any:
-    """onnxruntime's session of a file or its content, on "cpu", "cuda" or "cuda:N", or, "auto", on a GPU if it can.
-
-    Raises:
-        UsageError: it is not installed, cannot compute there, or the file is none.
-    """
-    runtime = optional("onnxruntime", "--eval_ckpt: an ONNX file needs onnxruntime", EXTRAS["onnxruntime"])
-    kind, _, number = device.partition(":")
-    there = "CUDAExecutionProvider" in runtime.get_available_providers()
-    if kind == "mps" or (kind == "cuda" and not there):
-        raise UsageError(f"--device: onnxruntime, as it is installed here, computes on cpu, not on {device}")
-    places: list[Any] = [("CUDAExecutionProvider", {"device_id": int(number or 0)})] if there and kind != "cpu" else []
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    try:
-        source = file if isinstance(file, bytes) else str(file)
-        return runtime.InferenceSession(source, options, providers=[*places, "CPUExecutionProvider"])
-    except Exception as error:  # of an extension: it has no class of its own for files that are none
-        name = file if isinstance(file, Path) else "the graph"
-        raise UsageError(f"--eval_ckpt: cannot read {name} as an ONNX file") from error
-
-
-def runtime_run(session: Any) -> Run:
-    names = [output.name for output in session.get_outputs()]
-    return lambda images: dict(zip(names, session.run(names, {"image": images}), strict=True))
-
-
-def openvino_run(file: Path | bytes) -> Run:
-    """OpenVINO on a file or its content, on the CPU, in float32 throughout.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    openvino = optional("openvino", "--engine openvino", EXTRAS["openvino"])
-    core = openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-    model = core.read_model(file) if isinstance(file, bytes) else core.read_model(str(file))
-    made = core.compile_model(model, "CPU", settings)
-    return lambda images: {out.get_any_name(): np.array(value) for out, value in made({"image": images}).items()}
 
 
 def file_engine(path: Path, config: Config) -> Onnx:
@@ -281,7 +227,7 @@ class Graph:
     def __init__(self, path: Path, own: Config, original: Torch) -> None:
         self.path, self.own, self.original = path, own, original
 
-    @property
+    @cached_property
     def place(self) -> Path:
         """Named after all that it depends on: another checkpoint or another scoring has another graph."""
         digest = hashlib.sha256(self.path.read_bytes())
@@ -297,7 +243,7 @@ class Graph:
         """The file's content; older ones of the same checkpoint go, and a folder that cannot be written is left alone.
 
         Raises:
-            UsageError: a package is missing, or the graph's scores are off.
+            UsageError: a package is missing, the model cannot be written so, or the graph's scores are off.
         """
         place = self.place
         if place.is_file():
@@ -318,8 +264,13 @@ class Graph:
         content, own = read_checkpoint(self.path), portable(self.own)
         exported = whole(content, own, str(self.path))
         exported.detector.decision = None  # it may be asked for another rate: the checkpoint's thresholds decide
-        traced = trace(exported, own.data.input_size)
-        made = serialized(traced, describe(own, content, exported, traced))
+        try:
+            traced = trace(exported, own.data.input_size)
+            made = serialized(traced, describe(own, content, exported, traced))
+        except Exception as error:  # of PyTorch's exporter, which has one for each kind of trouble; or beyond 2 GB
+            raise UsageError(
+                f"--engine: {self.path} cannot be written as an ONNX graph: {type(error).__name__}"
+            ) from error
         check_same(exported, made, own.data.input_size)
         return made
 

@@ -14,10 +14,11 @@ import predict
 from datasets.transforms import to_picture
 from default import UsageError
 from detector import ImageDetector, load_detector
-from engine import Answer, Engine, has_8_bits, pictures, quickest
+from engine import Answer, Engine, quickest
 from fake_data import TINY, load_image, make_mvtec, picture
 from main import main
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
+from utils.run.engines import has_8_bits, pictures
 
 pytest.importorskip("onnx", reason="the extra 'export' is not installed")
 pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
