@@ -261,6 +261,7 @@ class Graph:
 
     def _made(self) -> bytes:
         optional("onnxscript", "--engine", EXTRAS["onnxruntime"])
+        print(f"engine: making the ONNX graph of {self.path}, once: it takes half a minute or so", flush=True)
         content, own = read_checkpoint(self.path), portable(self.own)
         exported = whole(content, own, str(self.path))
         exported.detector.decision = None  # it may be asked for another rate: the checkpoint's thresholds decide

@@ -132,7 +132,7 @@ def test_engines_are_for_the_cpu_and_must_be_there(run: Path, quick: ImageDetect
     try:
         import openvino  # noqa: F401
     except ImportError:
-        with pytest.raises(UsageError, match=r"--engine openvino: the package is not installed; pip install"):
+        with pytest.raises(UsageError, match=r"--engine openvino: the package openvino is not installed; pip install"):
             load_detector(run, device="cpu", engine="openvino")
     else:
         assert load_detector(run, device="cpu", engine="openvino").engine == "openvino"

@@ -264,7 +264,7 @@ def test_what_is_no_file_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UsageError, match="is not an ONNX file of --mode export"):
         load_image_detector(path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UsageError, match=r"needs onnxruntime: the package is not installed; pip install 'vqflow\[exp"):
+    with pytest.raises(UsageError, match=r"package onnxruntime is not installed; pip install -e '.\[exp"):
         load_image_detector(path)
 
 

@@ -36,7 +36,7 @@ def runtime_session(file: Path | bytes, device: str) -> Any:
     Raises:
         UsageError: it is not installed, cannot compute there, or the file is none.
     """
-    runtime = optional("onnxruntime", "--eval_ckpt: an ONNX file needs onnxruntime", EXTRAS["onnxruntime"])
+    runtime = optional("onnxruntime", "--eval_ckpt: for an ONNX file", EXTRAS["onnxruntime"])
     kind, _, number = device.partition(":")
     there = "CUDAExecutionProvider" in runtime.get_available_providers()
     if kind == "mps" or (kind == "cuda" and not there):
