@@ -33,6 +33,8 @@ SCORES = ("mul", "add", "likelihood", "surprise", "contrast")
 ABSOLUTE = ("likelihood", "surprise", "contrast")  # scores by which images can be compared
 CALIBRATED = ("surprise", "contrast")  # scores in units of what normal images have
 JUDGING = ("test", "predict", "export")  # modes that need a checkpoint
+ENGINES = ("auto", "torch", "onnxruntime", "openvino")  # what computes a prediction
+MANY_IMAGES, SOME_IMAGES = 300, 30  # from which on another engine saves more time than its graph and its trial take
 PRECISIONS = ("float32", "float16", "int8")  # of ONNX files
 
 
@@ -410,6 +412,14 @@ class PredictConfig(Part):
         "folder for what is predicted; what an earlier prediction left there is kept, and its images are not judged "
         "again (default: predict, predict-2, ... beside the checkpoint)",
         binds="free",
+    )
+    engine: str = option(
+        "auto",
+        "what computes on a CPU; auto: PyTorch for few images, from "
+        f"{MANY_IMAGES} on the one that is fastest on the first of them; the others need an ONNX graph, made once and "
+        f"kept beside the checkpoint, with which {SOME_IMAGES} are enough",
+        binds="free",
+        choices=ENGINES,
     )
     overlays: bool = option(
         True, "write each image at its own size, grey where it is normal and coloured where it is not", binds="free"

@@ -52,6 +52,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
         "does nothing in --mode train; to go on with a run, use --resume",
     ),
     "output": _PREDICTING,
+    "engine": _PREDICTING,
     "save_maps": _PREDICTING,
     "save_masks": _PREDICTING,
     "fail_on": _PREDICTING,
@@ -182,9 +183,7 @@ def run(argv: Sequence[str]) -> int:
     if dry:
         print(json.dumps({"version": __version__} | to_dict(config), indent=2))
     elif config.run.mode == "train":
-        from train import run_training
-
-        for_each_seed(config, run_training)
+        for_each_seed(config, train)
     elif config.run.mode == "table":
         from utils.report.gather import gather_runs
 
@@ -202,6 +201,16 @@ def run(argv: Sequence[str]) -> int:
 
         run_test(config, chosen)
     return 0
+
+
+def train(config: Config) -> Path:
+    """Train, then judge the test images without labels; the run folder."""
+    from predict import predict_unlabelled
+    from train import run_training
+
+    folder = run_training(config)
+    predict_unlabelled(config, folder)
+    return folder
 
 
 def for_each_seed(config: Config, train: Callable[[Config], Path]) -> None:

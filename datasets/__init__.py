@@ -103,6 +103,14 @@ def build_datasets(
     return made, made.having(test, mask_size)
 
 
+def unlabelled(data: DataConfig) -> dict[str, list[Path]]:
+    """The images that lie in `test` itself, by class, of classes that have any; of a user's own images alone."""
+    if SPECS[data.dataset].classes:
+        return {}
+    found = {name: walk.loose_images(class_folder(data, name) / "test") for name in resolve_classes(data)}
+    return {name: paths for name, paths in found.items() if paths}
+
+
 def scan_classes(data: DataConfig, class_names: Sequence[str]) -> dict[str, Scan]:
     """What the folder of each class holds.
 
@@ -131,7 +139,7 @@ def announce(name: str, scan: Scan) -> None:
     print(printable(scan.line(name)))
     if not scan.test:
         count = scan.ignored.get("test", 0)
-        more = f"; its {count} images in test/ have no labels, --mode predict judges them" if count else ""
+        more = f"; its {count} images in test/ have no labels" if count else ""
         print(printable(f"warning: {name} has no test images: it is not evaluated{more}"), file=sys.stderr)
         return
     labels = {item.label for item in scan.test}

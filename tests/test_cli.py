@@ -24,18 +24,18 @@ PAPER_LINES = (PAPER, PAPER.replace("mvtec", "visa"), PAPER.replace("train", "te
 SURFACE = """
 --accumulate --amp-enable --background --batch-size --bit-depth --bootstrap --c-conds --c-pos-conds --cache
 --checkpoint-activations --clamp --class-names --clip-norm --codebooks --compare --compile --concat-pos --conditioning
---data-path --dataset --device --dim-cpc --dry-run --eval-ckpt --eval-interval --eval-size --eval_ckpt --extractor
---fail-on --false-alarm-rate --float-range --fpr-limit --good-names --help --holdout --image-score --input-size
---k-cpc --k-cspc --limit --loc-eval --lr --max-dropped --max-pixels --memory --meta-epochs --mixed-gaussian --mode
---multi-class --name --no-amp-enable --no-checkpoint-activations --no-compare --no-compile --no-concat-pos
---no-loc-eval --no-mixed-gaussian --no-multi-class --no-overlays --no-pattern-quantize --no-pre-extract
---no-pretrained --no-pro-eval --no-quantize-enable --no-reassign-quantize --no-report --no-resume --no-save-masks
---no-standardize --no-tensorboard --no-trust-masks --no-wandb-enable --noise --objective --output --overlays
---parallel-blocks --pattern-quantize --pictures --pixel-score --pool-type --pre-extract --precision --preset
---pretrained --pro-eval --pro-eval-interval --pro-score --profile --quantize-enable --quantize-type --quantize-weight
---reassign-quantize --report --resume --save-every --save-maps --save-masks --schedule --seed --seeds --standardize
---sub-epochs --tensorboard --top-k --trust-masks --version --wandb-enable --warmup --watch --weight-decay --weights
---work-dir --workers -h
+--data-path --dataset --device --dim-cpc --dry-run --engine --eval-ckpt --eval-interval --eval-size --eval_ckpt
+--extractor --fail-on --false-alarm-rate --float-range --fpr-limit --good-names --help --holdout --image-score
+--input-size --k-cpc --k-cspc --limit --loc-eval --lr --max-dropped --max-pixels --memory --meta-epochs
+--mixed-gaussian --mode --multi-class --name --no-amp-enable --no-checkpoint-activations --no-compare --no-compile
+--no-concat-pos --no-loc-eval --no-mixed-gaussian --no-multi-class --no-overlays --no-pattern-quantize
+--no-pre-extract --no-pretrained --no-pro-eval --no-quantize-enable --no-reassign-quantize --no-report --no-resume
+--no-save-masks --no-standardize --no-tensorboard --no-trust-masks --no-wandb-enable --noise --objective --output
+--overlays --parallel-blocks --pattern-quantize --pictures --pixel-score --pool-type --pre-extract --precision
+--preset --pretrained --pro-eval --pro-eval-interval --pro-score --profile --quantize-enable --quantize-type
+--quantize-weight --reassign-quantize --report --resume --save-every --save-maps --save-masks --schedule --seed
+--seeds --standardize --sub-epochs --tensorboard --top-k --trust-masks --version --wandb-enable --warmup --watch
+--weight-decay --weights --work-dir --workers -h
 """
 
 RELEASED = {
@@ -76,6 +76,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "cache": ("ram", "ram"), "accumulate": ("2", 2), "compile": ("", True), "checkpoint_activations": ("", True),
     "profile": ("3", 3), "seeds": ("1 2", [1, 2]), "name": ("mine", "mine"), "paths": ("a b --mode table", ["a", "b"]),
     "output": ("o --mode predict --eval_ckpt a.pt", "o"), "overlays": ("no", False),
+    "engine": ("torch --mode predict --eval_ckpt a.pt", "torch"),
     "save_maps": ("npy --mode predict --eval_ckpt a.pt", "npy"),
     "save_masks": ("--mode predict --eval_ckpt a.pt", True),
     "watch": ("new --mode predict --eval_ckpt a.pt", "new"),

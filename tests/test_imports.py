@@ -1,7 +1,7 @@
 """Imports go one way.
 
-default <- utils <- datasets, models <- stage, steps <- resume, supply, show <- test, trainer, export, detector
-<- train, predict <- main.
+default <- utils <- datasets, models <- stage, steps <- resume, supply, show <- test, trainer, export <- engine
+<- detector <- train, predict <- main.
 """
 
 import ast
@@ -24,8 +24,10 @@ MAY_IMPORT = {
     "trainer": {"default", "utils", "datasets", "models", "stage", "steps", "resume", "supply"},
     "train": {"default", "utils", "datasets", "models", "stage", "resume", "supply", "show", "test", "trainer"},
     "export": {"default", "utils", "datasets", "models", "stage"},
-    "detector": {"default", "utils", "datasets", "models", "stage"},
-    "predict": {"default", "utils", "datasets", "models", "stage", "detector"},
+    "engine": {"default", "utils", "datasets", "models", "stage", "export"},
+    "prediction": {"default", "engine"},
+    "detector": {"default", "utils", "datasets", "models", "stage", "engine", "prediction"},
+    "predict": {"default", "utils", "datasets", "models", "stage", "detector", "prediction"},
     "main": {"default", "utils", "datasets", "models", "stage", "show", "test", "train", "export", "predict"},
 }
 FILES = sorted(

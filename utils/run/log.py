@@ -25,7 +25,7 @@ def optional(package: str, flag: str, extra: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise UsageError(
-            f"{flag}: the package is not installed; pip install 'vqflow[{extra}]' or pip install {extra}"
+            f"{flag}: the package {package.removeprefix('torch.utils.')} is not installed; pip install -e '.[{extra}]'"
         ) from error
 
 
