@@ -29,7 +29,7 @@ from default import (
     shown,
     to_dict,
 )
-from utils.run.text import printable
+from utils.run.text import one_line
 
 DESCRIPTION = "Train one VQ-Flow anomaly detector for all classes, evaluate it, and reproduce the paper's tables."
 
@@ -228,7 +228,7 @@ def guarded(argv: Sequence[str]) -> int:
     try:
         return run(argv)
     except UsageError as error:
-        print(printable(f"main.py: error: {error}"), file=sys.stderr)
+        print(one_line(f"main.py: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last finished meta epoch", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from default import (
 from models.decision import Calibrated, Decision, scoring_of
 from models.detector import Detector
 from models.extractor import IMAGENET, FrozenExtractor, Normalization
-from models.official import is_official, load_official, load_strictly
+from models.official import is_official, load_official, load_strictly, refuse_misfit
 from models.scorer import Scorer, ScoreRule
 from models.vqflow import VQFlow, pool_features
 from utils.run.device import autocast, check_compiler, has_bfloat16, resolve_device
@@ -204,8 +204,9 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
         raise UsageError(f"--eval_ckpt: {name} is not a checkpoint of this program or of the released code")
     try:
         saved = from_dict(content["config"])
-    except (UsageError, AttributeError, TypeError) as error:
-        raise UsageError(f"--eval_ckpt: {name} holds settings that this version does not know") from error
+    except UsageError as error:
+        raise UsageError(f"--eval_ckpt: {name} holds settings that this version does not know ({error})") from error
+    refuse_scheme(saved, chosen, name)
     refuse_others(saved, chosen, name)
     own = tuple(content["classes"])
     here: dict[str, Any] = {
@@ -213,8 +214,22 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
         "compile": config.train.compile, "resume": False, "pre_extract": False,
         "cache": "none" if saved.data.cache == "none" else "auto",
     }  # fmt: skip
+    here |= asdict(config.predict)  # what is written where is never a checkpoint's to say
     values = flat(to_dict(saved)) | here | chosen | {"class_names": asked_classes(config, saved, own, name)}
     return make_config(**values)
+
+
+def refuse_scheme(saved: Config, chosen: dict[str, Any], name: str) -> None:
+    """Raise `UsageError` if a checkpoint names an extractor from elsewhere, such as hf-hub:USER/MODEL, by itself.
+
+    What lies there may be anything, so the user has to name it, too.
+    """
+    extractor = saved.model.extractor
+    if (":" in extractor or "/" in extractor) and chosen.get("extractor") != extractor:
+        raise UsageError(
+            f"--extractor: {name} wants {extractor!r} from outside of timm, which a checkpoint alone cannot ask for; "
+            "add it to the command if you trust it"
+        )
 
 
 def refuse_others(saved: Config, chosen: dict[str, Any], name: str) -> None:
@@ -283,6 +298,8 @@ def load_detector(content: dict[str, Any], stage: Stage, name: str) -> Detector:
             raise UsageError(
                 f"--weights: {name} was trained on other weights of {config.model.extractor} than the ones here"
             )
+        with torch.device("meta"):  # sizes first: the settings of a damaged checkpoint may claim any
+            refuse_misfit(stage.build_flow().state_dict(), content["model"], name)
         flow = stage.build_flow()
         load_strictly(flow, content["model"], name)
         detector = stage.build_detector(flow, load_scorer(content, config.model, stage.extractor.channels, name))

@@ -108,5 +108,5 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         return flat(to_dict(from_dict(json.loads(path.read_text(encoding="utf-8")))))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--resume: cannot read {path}") from error
