@@ -33,6 +33,7 @@ SCORES = ("mul", "add", "likelihood", "surprise", "contrast")
 ABSOLUTE = ("likelihood", "surprise", "contrast")  # scores by which images can be compared
 CALIBRATED = ("surprise", "contrast")  # scores in units of what normal images have
 JUDGING = ("test", "predict", "export")  # modes that need a checkpoint
+MODES = ("train", "test", "predict", "table", "export", "cache")
 PRECISIONS = ("float32", "float16", "int8")  # of ONNX files
 
 
@@ -455,7 +456,7 @@ class PredictConfig(Part):
 class RunConfig(Part):
     """Where and on what the program runs."""
 
-    mode: str = option("train", "what to do", binds="free", choices=("train", "test", "predict", "table", "export"))
+    mode: str = option("train", "what to do", binds="free", choices=MODES)
     paths: tuple[str, ...] = option(
         (),
         "run folders that --mode table gathers into one table; images and folders of them that --mode predict judges, "
@@ -469,7 +470,18 @@ class RunConfig(Part):
         binds="free",
         choices=PRECISIONS,
     )
-    work_dir: str = option("work_dirs", "folder for run folders", binds="free")
+    clear: int | None = option(
+        None,
+        "what --mode cache removes: features that no program has used for this many days; 0: all (default: it lists)",
+        binds="free",
+        low=0,
+    )
+    work_dir: str = option("work_dirs", "folder for run folders, and for features that are kept", binds="free")
+    offline: bool = option(
+        False,
+        "open no connection: weights come from a file, a package, or the hub's cache on this machine",
+        binds="free",
+    )
     device: str = option("auto", "where to compute: auto, cuda, cuda:1 (the second GPU), cpu or mps", binds="free")
     name: str | None = option(
         None, "start of the run folder's name (default: data set, extractor and multi or single)", binds="free"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets.cache import FeatureSize, cache_key, check_space, make_store, to_half
+from datasets.cache import NoRoom, cache_key, make_store, to_half
 from datasets.features import CachedFeatures, LiveFeatures
 from datasets.folder import ImageFolder
 from datasets.loaders import ImageLoader, ordered_loader, resolve_workers, train_loader
@@ -40,8 +40,10 @@ from models.scorer import Scorer, ScoreRule
 from models.vqflow import VQFlow, pool_features
 from utils.run.device import autocast, check_compiler, has_bfloat16, resolve_device
 from utils.run.folders import check_writable
+from utils.run.offline import go_offline
 from utils.run.progress import progress
-from utils.run.seed import seed_everything
+from utils.run.seed import random_state, restore_random_state, seed_everything
+from utils.run.text import printable
 from utils.run.upgrade import FORMAT, OLD
 
 Source = LiveFeatures | CachedFeatures
@@ -60,6 +62,8 @@ class Stage:
 
     def __init__(self, config: Config, normalization: Normalization | None = None) -> None:
         self.config, self.device = config, resolve_device(config.run.device)
+        if config.run.offline:
+            go_offline()
         if config.train.amp_enable and not has_bfloat16(self.device):
             print(f"--amp-enable: this {self.device.type} has no units for bfloat16; computing in float32")
         if config.train.compile:
@@ -89,6 +93,17 @@ class Stage:
             self.config.model, self.extractor.channels, self.extractor.strides,
             recompute=self.config.train.checkpoint_activations,
         )  # fmt: skip
+
+    def room(self) -> int:
+        """Bytes that the checkpoints of a training take on the disk, without its memory: the last, the one before, the
+        best, and one that is being written, each with the weights and the optimizer's two moments of them."""
+        if self.config.run.mode != "train":
+            return 0
+        state = random_state()
+        with torch.device("meta"):
+            tensors = self.build_flow().state_dict().values()
+        restore_random_state(state)
+        return 4 * 3 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def build_detector(self, flow: VQFlow | None = None, scorer: Scorer | None = None) -> Detector:
         """A flow and a scorer, new ones unless given: on the device, channels-last, compiled if wanted."""
@@ -153,20 +168,22 @@ class Stage:
         self._loaders.append(loader)
         data, ordered, folder = self.config.data, self._ordered(dataset), self.cache_folder(dataset)
         place = "disk" if data.cache == "auto" else data.cache
-        if data.cache == "auto" and not data.pre_extract and not folder.is_dir():
-            once = self.config.run.mode == "test"  # a cache would not be read a second time
-            size = None if once else FeatureSize.of(dataset, self.extract, self.device)
-            problem = size and check_space(size, place, self.cache, self.device)
-            if problem:
-                print(f"--cache auto: {problem}: they are computed anew in each epoch")
-            place = "none" if once or problem else place
-        if place == "none":
+        free_choice = data.cache == "auto" and not data.pre_extract
+        once = free_choice and self.config.run.mode == "test" and not folder.is_dir()  # would not be read again
+        if place == "none" or once:
             return LiveFeatures(loader, self.extract, self.device)
-        store = make_store(
-            place, folder, ordered, self.extract, device=self.device,
-            progress=lambda batches, text: progress(batches, total=len(ordered), text=text),
-        )  # fmt: skip
-        ordered.end_workers()
+        try:
+            store = make_store(
+                place, folder, ordered, self.extract, device=self.device, keep=self.room(),
+                progress=lambda batches, text: progress(batches, total=len(ordered), text=text),
+            )  # fmt: skip
+        except NoRoom as error:
+            if not free_choice:
+                raise
+            print(printable(f"{error}\nThe features are computed anew in each epoch."))
+            return LiveFeatures(loader, self.extract, self.device)
+        finally:
+            ordered.end_workers()
         return CachedFeatures(loader, store, self.device)
 
 
@@ -211,7 +228,7 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
     own = tuple(content["classes"])
     here: dict[str, Any] = {
         "device": config.run.device, "work_dir": config.run.work_dir, "workers": config.data.workers,
-        "compile": config.train.compile, "resume": False, "pre_extract": False,
+        "offline": config.run.offline, "compile": config.train.compile, "resume": False, "pre_extract": False,
         "cache": "none" if saved.data.cache == "none" else "auto",
     }  # fmt: skip
     here |= asdict(config.predict)  # what is written where is never a checkpoint's to say
