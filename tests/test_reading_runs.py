@@ -88,7 +88,7 @@ def test_a_checkpoint_reads_as_it_was_trained(trained: Path, capsys: pytest.Capt
     old.mkdir()
     torch.save(content | {"readings": {"pill": {"hue": 3}}}, old / "last.pt")
     assert evaluated(trained, "old", checkpoint="old") == 2
-    assert "--eval_ckpt: the model reads images in a way that this version does not know" in capsys.readouterr().err
+    assert "last.pt: its field 'readings' is not what a checkpoint has there" in capsys.readouterr().err
     content.pop("readings")
     torch.save(content, old / "last.pt")
     assert evaluated(trained, "old", checkpoint="old") == 0
