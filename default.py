@@ -358,6 +358,18 @@ class TrainConfig(Part):
     profile: int = option(
         0, "write a trace of this many training steps into the run folder", binds="free", low=0, high=1000
     )
+    save_every: int = option(
+        0,
+        "training steps between checkpoints in the middle of a meta epoch, from which --resume goes on, too; 0: none",
+        binds="free",
+        low=0,
+    )
+    max_dropped: int = option(
+        10,
+        "steps in a row without a finite loss after which a run stops; fewer are left out and counted",
+        binds="free",
+        low=1,
+    )
     resume: bool = option(False, "go on with the newest unfinished run of the same settings", binds="free")
     tensorboard: bool = option(False, "log to TensorBoard files in the run folder", binds="free")
     wandb_enable: bool = option(False, "log to Weights & Biases", binds="free")

@@ -23,6 +23,7 @@ from stage import Stage, find_checkpoints, image_readings, load_detector, normal
 from utils.run.checkpoint import read_checkpoint
 from utils.run.log import optional
 from utils.run.precision import Images, to_float16, to_int8
+from utils.run.writer import write_whole
 
 TOLERANCE = 1e-3  # of the highest value: what the float32 file may be off
 BATCH = 4  # images that are compared at a time
@@ -181,9 +182,7 @@ def write(traced: Any, precision: str, facts: dict[str, Any], normal: Images | N
         assert normal is not None
         model = to_int8(traced, EXTRACTOR, np.split(normal, range(BATCH, len(normal), BATCH)))
     onnx.helper.set_model_props(model, {n: json.dumps(v) for n, v in (facts | {"precision": precision}).items()})
-    part = target.with_name(target.name + ".part")
-    part.write_bytes(model.SerializeToString())
-    part.replace(target)
+    write_whole(target, model.SerializeToString())
 
 
 def checked(exported: Exported, precision: str, target: Path, normal: Images | None, size: int) -> Path:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import io
 import json
 import os
 import re
+import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields, replace
@@ -30,7 +33,9 @@ from default import (
     to_dict,
 )
 from utils.run.offline import go_offline
+from utils.run.stop import Stopped, heeding
 from utils.run.text import one_line, printable
+from utils.run.trouble import trouble
 
 DESCRIPTION = "Train one VQ-Flow anomaly detector for all classes, evaluate it, and reproduce the paper's tables."
 
@@ -55,9 +60,13 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "precision": (lambda c: c.run.mode == "export", "does nothing without --mode export; add that, or leave it out"),
     "clear": (lambda c: c.run.mode == "cache", "does nothing without --mode cache; add that, or leave it out"),
     "resume": _TRAINING,
+    "save_every": _TRAINING,
     "tensorboard": _TRAINING,
     "wandb_enable": _TRAINING,
 }
+
+
+KEPT = "what was finished before is kept; a training goes on with --resume"
 
 
 class Parser(argparse.ArgumentParser):
@@ -216,7 +225,7 @@ def for_each_seed(config: Config, train: Callable[[Config], Path]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; the user's mistakes end in one line and status 2, Ctrl-C in status 130, a reader who left in 141."""
+    """Run; the status: see `guarded`, and 141 for a reader of our output who left."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is shown as \xb2 or \u7247
             stream.reconfigure(errors="backslashreplace")
@@ -232,16 +241,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(argv: Sequence[str]) -> int:
-    """Run; the status. The user's mistakes become one line."""
+    """Run; the status: 2 for a mistake of the user's, 1 for what the system refuses, 130 for Ctrl-C, 143 for SIGTERM,
+    each with one line, and 70 for a bug of ours, with all that helps to mend it."""
     warnings.filterwarnings("ignore", message="Mapping deprecated model name")
     try:
-        return run(argv)
+        with heeding():
+            return run(argv)
     except UsageError as error:
-        print(one_line(f"main.py: error: {error}"), file=sys.stderr)
-        return 2
+        return said(f"error: {error}", 2)
+    except Stopped as stop:
+        return said(f"stopped: {stop.text or KEPT}", stop.status)
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last finished meta epoch", file=sys.stderr)
-        return 130
+        return said(f"stopped: {KEPT}", 130)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        text = trouble(error)
+        return said(f"error: {text}", 1) if text is not None else reported(argv)
+
+
+def said(line: str, status: int) -> int:
+    """Print how the program ends; the status."""
+    print(one_line(f"main.py: {line}"), file=sys.stderr)
+    return status
+
+
+def reported(argv: Sequence[str]) -> int:
+    """Print the error that is being handled, and what a report of it should tell."""
+    traceback.print_exc()
+    settings = "not resolved"
+    with contextlib.suppress(Exception):
+        settings = json.dumps(to_dict(parse(argv)[0]))
+    print(printable(
+        "main.py: this is a bug of VQ-Flow. Please report it with all of the lines above and below, as an issue of the "
+        f"repository that this copy comes from.\nversion: {__version__}, Python {sys.version.split()[0]}, "
+        f"{sys.platform}\ncommand: main.py {shlex.join(argv)}\nconfig: {settings}"
+    ), file=sys.stderr)  # fmt: skip
+    return 70
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from utils.report.verdicts import WORDS, Rows
 from utils.run.folders import new_folder
 from utils.run.progress import progress
 from utils.run.text import printable
+from utils.run.writer import write_whole
 
 AT_ONCE = 32_000_000  # pixels of the images that are in memory together, unless a single one has more
 HUNDREDTHS, ZERO = 100, 32768  # of a map in 16 bits: v = 100 score + 32768
@@ -167,7 +168,7 @@ def output_folder(config: Config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != made_with:
             raise UsageError(f"--output: {folder} holds predictions of another model or rate; name another folder")
-        known.write_text(json.dumps(made_with) + "\n", encoding="utf-8")
+        write_whole(known, (json.dumps(made_with) + "\n").encode())
     except (OSError, json.JSONDecodeError) as error:
         raise UsageError(f"--output: cannot write in {folder}: {error}") from error
     return folder
@@ -260,9 +261,9 @@ def save_map(stem: Path, values: NDArray[np.float32], kind: str) -> None:
     stem.parent.mkdir(exist_ok=True)
     path = stem.with_name(f"{stem.name}.{'png' if kind == 'png16' else kind}")
     if kind == "npy":
-        np.save(path, values)
+        write_whole(path, lambda file: np.save(file, values), durable=False)
     elif kind == "tiff":
-        tifffile.imwrite(path, values)
+        write_whole(path, lambda file: tifffile.imwrite(file, values), durable=False)
     else:
         deep = (values.astype(np.float64) * HUNDREDTHS + ZERO).round().clip(0, 65535).astype(np.uint16)
-        path.write_bytes(cv2.imencode(".png", deep)[1].tobytes())
+        write_whole(path, cv2.imencode(".png", deep)[1].tobytes(), durable=False)

@@ -40,6 +40,7 @@ from models.scorer import Scorer, ScoreRule
 from models.vqflow import VQFlow, pool_features
 from utils.run.device import autocast, check_compiler, has_bfloat16, resolve_device
 from utils.run.folders import check_writable
+from utils.run.keeper import LAST
 from utils.run.offline import go_offline
 from utils.run.progress import progress
 from utils.run.seed import random_state, restore_random_state, seed_everything
@@ -47,6 +48,7 @@ from utils.run.text import printable
 from utils.run.upgrade import FORMAT, OLD
 
 Source = LiveFeatures | CachedFeatures
+ANY = f"*/{LAST}"  # in a run folder with a model for each class
 KEYS = {"config", "model", "scorer", "classes", "extractor"}  # of a checkpoint of ours
 
 
@@ -188,22 +190,34 @@ class Stage:
 
 
 def find_checkpoints(path: Path, class_names: Sequence[str]) -> list[Path]:
-    """A file itself; in a run folder its last.pt, or those of the single classes that are asked for.
+    """A file itself; in a run folder its last.pt, or those of the single classes that are asked for; in a folder with
+    one run in it that run's.
 
     Raises:
-        UsageError: a folder without checkpoints, or without one of a class.
+        UsageError: a folder without checkpoints, without one of a class, or with several runs in it.
     """
     if not path.is_dir():
         return [path]
-    if (path / "last.pt").is_file():
-        return [path / "last.pt"]
-    found = {p.parent.name: p for p in sorted(path.glob("*/last.pt"))}
+    if (path / LAST).is_file():
+        return [path / LAST]
+    runs = [p.parent for p in sorted(path.glob("*/config.json")) if holds_model(p.parent)]
+    if len(runs) > 1:
+        names = ", ".join(run.name for run in runs)
+        raise UsageError(f"--eval_ckpt: {path} holds {len(runs)} runs; name one of them: {names}")
+    if runs:
+        return find_checkpoints(runs[0], class_names)
+    found = {p.parent.name: p for p in sorted(path.glob(ANY))}
     if not found:
         raise UsageError(f"--eval_ckpt: expected a checkpoint or a run folder with a last.pt, but got {path}")
     for name in class_names:
         if name not in ("all", *found):
             raise UsageError(f"--class-names: {path} has no model of {name!r}; choose from all, {', '.join(found)}")
     return [p for name, p in found.items() if "all" in class_names or name in class_names]
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a run folder has a checkpoint, or one for a class."""
+    return (folder / LAST).is_file() or any(folder.glob(ANY))
 
 
 def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, Any], name: str) -> Config:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from default import ModelConfig, UsageError
 from models.vqflow import VQFlow
-from utils.run.checkpoint import read_checkpoint
+from utils.run.checkpoint import first_broken, read_checkpoint
 
 PARTS = (
     "parallel_flows", "fusion_flow", "semantic_encoder", "semantic_mlp", "upsamplers", "feature_mlps",
@@ -91,12 +91,15 @@ def load_official(
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load `state`; names and shapes must all agree.
+    """Load `state`; names and shapes must all agree, and values be finite.
 
     Raises:
-        UsageError: naming the first tensor that is missing, left over or of another shape.
+        UsageError: naming the first tensor that is missing, left over or of another shape, or holds NaN or infinity.
     """
     refuse_misfit(model.state_dict(), state, name)
+    broken = first_broken(state)
+    if broken is not None:
+        raise UsageError(f"{name}: {broken} holds NaN or infinity: the training that wrote it had diverged")
     model.load_state_dict(state)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fake_data import METHOD, TINY, make_mvtec
 from main import main
 from models.official import load_official
 from stage import Stage, image_readings, load_decision, load_detector, load_scorer, normalization_of, settled_config
+from steps import Place
 from utils.report.gather import gather_runs
 from utils.run.checkpoint import read_checkpoint
 from utils.run.fields import check_fields
@@ -96,6 +98,8 @@ def test_every_field_of_a_checkpoint(run: Path) -> None:
     stage = Stage(settled_config(whole, make_config(**chosen), chosen, "c.pt"))
     use(whole, stage)
     light = {k: v for k, v in whole.items() if k not in ("config", "model")}
+    light["place"] = asdict(Place(dropped=[["a.png"]]))
+    light["usage"] = {"cpc": torch.zeros(4)}
     light["optimizer"] = light["optimizer"] | {"state": dict(list(light["optimizer"]["state"].items())[:1])}
     light["scorer"] = light["scorer"] | {"state": dict(list(light["scorer"]["state"].items())[-3:])}
     small = {"config": {part: {} for part in whole["config"]}}

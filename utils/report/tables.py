@@ -11,6 +11,7 @@ from typing import Any
 
 from utils.metrics import METRICS, ClassResult
 from utils.run.text import one_line, printable
+from utils.run.writer import write_whole
 
 # The paper's two columns first.
 COLUMNS = ("image_auroc", "pixel_auroc", *(m for m in METRICS if m not in ("image_auroc", "pixel_auroc")), "mad")
@@ -136,4 +137,4 @@ def latex_page(tables: Sequence[Table], notes: Sequence[str]) -> str:
 def write_all(folder: Path, stem: str, texts: Mapping[str, str]) -> None:
     """One file for each suffix of `texts`, named `stem`; bytes of names that are no UTF-8 as \\udcff."""
     for suffix, text in texts.items():
-        (folder / f"{stem}.{suffix}").write_bytes(printable(text).encode())
+        write_whole(folder / f"{stem}.{suffix}", printable(text).encode())

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from default import UsageError
 from utils.run.fields import check_fields
 from utils.run.upgrade import FORMAT, upgraded
+from utils.run.writer import write_whole
 
 
 class Oversized(ValueError):
@@ -21,10 +22,22 @@ class Oversized(ValueError):
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write to a temporary file beside `path`, then move it there, so that a kill leaves the old file."""
-    temporary = path.with_name(path.name + ".part")
-    torch.save({"format": FORMAT} | content, temporary)
-    temporary.replace(path)
+    """Write a checkpoint; a kill or a full disk leaves the old file."""
+    write_whole(path, lambda file: save_tensors(content, file))
+
+
+def save_tensors(content: dict[str, Any], file: BinaryIO) -> None:
+    """Write PyTorch's format.
+
+    Raises:
+        OSError: the disk's own error, which PyTorch hides behind one about its file's structure.
+    """
+    try:
+        torch.save({"format": FORMAT} | content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def read_checkpoint(path: str | Path, flag: str = "--eval_ckpt") -> dict[str, Any]:
@@ -97,6 +110,14 @@ def tensors_in(content: Any) -> Iterator[torch.Tensor]:
             if id(part) not in seen:
                 seen.add(id(part))
                 waiting.append(part)
+
+
+def first_broken(state: Mapping[str, Any]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, None if there is none."""
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            return name
+    return None
 
 
 def reason(error: Exception) -> str:

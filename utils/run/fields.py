@@ -67,6 +67,11 @@ def holding(**parts: Rule) -> Rule:
     return lambda v: isinstance(v, dict) and all(name in parts and parts[name](inner) for name, inner in v.items())
 
 
+def exactly(**parts: Rule) -> Rule:
+    """A dictionary with these parts and no others."""
+    return lambda v: having(**parts)(v) and holding(**parts)(v)
+
+
 def span(value: Any) -> bool:
     return several(number, 2, 2)(value) and value[0] < value[1]
 
@@ -122,6 +127,8 @@ rule = holding(
     views=several(view, 1), nearest=lambda v: whole(v, 1), flow_weight=number, level_share=share, level_weight=number,
     level_limit=number,
 )  # fmt: skip
+tally = exactly(batches=whole, counted=whole, images=whole, sums=several(number, 4, 4), seconds=number)
+place = exactly(sub=whole, tally=tally, closing=flag, dropped=several(several(text)), streak=whole)
 reading = holding(
     integers=optional(span), floats=optional(span), coarse=flag,
     background=lambda v: v is None or (text(v) and v in ("white", "black")),
@@ -134,6 +141,7 @@ JUDGED: dict[str, Rule] = {  # of any checkpoint
 OURS: dict[str, Rule] = JUDGED | {
     "config": named(named(lambda _: True)), "model": named(tensor), "extractor": text,
     "scorer": having(rule=rule, state=named(tensor)), "epoch": whole, "channels": several(whole),
+    "images": named(having(count=whole, digest=text)), "place": place, "usage": named(tensor),
     "best_on_test": named(having(value=number, epoch=whole)), "optimizer": optimizer_state, "random": random_states,
 }  # fmt: skip
 
