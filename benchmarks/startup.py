@@ -11,7 +11,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,35 +26,6 @@ def whole(words: str) -> float:
     return time.perf_counter() - began
 
 
-def first_batch(sample: Path) -> float:
-    """Of the demo on two images of each class until the first training step has been traced; `sample` is made once."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = [
-            "--preset",
-            "sample",
-            "--limit",
-            "2",
-            "--profile",
-            "1",
-            "--data-path",
-            str(sample),
-            "--work-dir",
-            folder,
-        ]
-        began = time.perf_counter()
-        running = subprocess.Popen(
-            [sys.executable, "main.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while running.poll() is None and not list(Path(folder).glob("*/trace.json")):
-            time.sleep(0.02)
-        taken, status = time.perf_counter() - began, running.poll()
-        running.kill()
-        running.wait()
-    if status:
-        raise SystemExit(f"startup.py: main.py {' '.join(words)} ended with status {status}")
-    return taken
-
-
 def median(measure: Callable[[], float], repeats: int) -> float:
     measure()  # fills the system's file cache
     return statistics.median(measure() for _ in range(repeats))
@@ -64,15 +34,11 @@ def median(measure: Callable[[], float], repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--demo", action="store_true")
     args = parser.parse_args()
     print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, medians of {args.repeats}\n")
     print("| what | s | goal |\n|---|---|---|")
     for words, goal in GOALS.items():
         print(f"| `main.py {words}` | {median(lambda words=words: whole(words), args.repeats):.2f} | {goal} |")  # type: ignore[misc]
-    if args.demo:
-        with tempfile.TemporaryDirectory() as folder:
-            print(f"| demo until its first step | {median(lambda: first_batch(Path(folder)), args.repeats):.2f} | 10 |")
 
 
 if __name__ == "__main__":
