@@ -14,7 +14,8 @@ ABLATION_DIR ?= work_dirs/ablation
 ABLATION = $(PY) main.py --preset paper-mvtec --resume $(ARGS) --work-dir $(ABLATION_DIR)
 ABLATION_RUNS = $(foreach name,plain cpc cpc-naive cpc-residual cpc-residual-pos cpc-residual-pos-mixed,$(ABLATION_DIR)/$(name)-seed[0-9]*)
 
-.PHONY: help setup demo paper-mvtec paper-visa ablation benchmark-metrics test test-floors torture lint types check clean
+.PHONY: help setup demo paper-mvtec paper-visa ablation benchmark-metrics test test-floors torture lint types check \
+	audit soak clean
 
 help:
 	@echo "make demo    train and evaluate on the built-in sample (about 3 minutes on 2 cores once installed)"
@@ -24,6 +25,8 @@ help:
 	@echo "make test-floors    the suite with the oldest releases that pyproject.toml allows, in .venv-floors (some GB)"
 	@echo "make torture kill trainings, mistype commands, damage files, and count what does not come through (10 minutes)"
 	@echo "make setup   virtual environment and dependencies only"
+	@echo "make audit   known weaknesses of what is installed (needs the network), and a table of its licences"
+	@echo "make soak    thousands of steps and predictions, watched for what grows (about 10 minutes)"
 	@echo "make lint    ruff;  make types: mypy;  make check: lint, types and tests"
 
 setup: .venv/ready
@@ -82,6 +85,14 @@ types: setup
 	$(PY) -m mypy
 
 check: lint types test
+
+audit: setup
+	$(PY) .ci/licences.py
+	$(PY) -m pip install --quiet -e ".[audit]"
+	$(PY) -m pip_audit --skip-editable
+
+soak: setup
+	$(PY) benchmarks/soak.py
 
 clean:
 	rm -rf .venv .venv-floors build *.egg-info .pytest_cache .mypy_cache .ruff_cache

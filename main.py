@@ -32,8 +32,9 @@ from default import (
     shown,
     to_dict,
 )
+from utils.run.offline import go_offline
 from utils.run.stop import Stopped, heeding
-from utils.run.text import printable
+from utils.run.text import one_line, printable
 from utils.run.trouble import trouble
 
 DESCRIPTION = "Train one VQ-Flow anomaly detector for all classes, evaluate it, and reproduce the paper's tables."
@@ -58,6 +59,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "fail_on": _PREDICTING,
     "watch": _PREDICTING,
     "precision": (lambda c: c.run.mode == "export", "does nothing without --mode export; add that, or leave it out"),
+    "clear": (lambda c: c.run.mode == "cache", "does nothing without --mode cache; add that, or leave it out"),
     "resume": _TRAINING,
     "save_every": _TRAINING,
     "tensorboard": _TRAINING,
@@ -165,7 +167,8 @@ def refuse_void(config: Config, typed: dict[str, Any]) -> None:
     Sizes and weights of a part that is switched off are accepted, so that one switch can be taken out of a command.
     """
     for name, (satisfied, advice) in NEEDS.items():
-        if typed.get(name) and not satisfied(config):
+        value = typed.get(name)
+        if value is not None and value is not False and not satisfied(config):
             raise UsageError(f"{flag_of(name)}: {advice}")
 
 
@@ -180,6 +183,8 @@ def hyphenated(word: str) -> str:
 def run(argv: Sequence[str]) -> int:
     """Do what the command line says; the status."""
     config, chosen, dry = parse(argv)
+    if config.run.offline:
+        go_offline()
     if dry:
         print(json.dumps({"version": __version__} | to_dict(config), indent=2))
     elif config.run.mode == "train":
@@ -188,6 +193,10 @@ def run(argv: Sequence[str]) -> int:
         from utils.report.gather import gather_runs
 
         print(gather_runs(config))
+    elif config.run.mode == "cache":
+        from datasets.tidy import tend
+
+        print(printable(tend(config)))
     elif config.run.mode == "predict":
         from predict import run_predict
 
@@ -262,7 +271,7 @@ def guarded(argv: Sequence[str]) -> int:
 
 def said(line: str, status: int) -> int:
     """Print how the program ends; the status."""
-    print(printable(f"main.py: {line}"), file=sys.stderr)
+    print(one_line(f"main.py: {line}"), file=sys.stderr)
     return status
 
 

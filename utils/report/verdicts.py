@@ -10,7 +10,7 @@ from typing import Any
 
 from default import UsageError
 from utils.report.images import ImageResult
-from utils.report.tables import csv_text, write_all
+from utils.report.tables import csv_cell, csv_text, write_all
 from utils.run.text import printable
 from utils.run.writer import write_whole
 
@@ -69,7 +69,7 @@ class Rows:
     def _tabulate(self, row: Mapping[str, Any]) -> None:
         """Add a row to scores.csv."""
         cells = dict(row) | {"regions": None if row["regions"] is None else len(row["regions"])}
-        self._writer.writerow(["" if cells[name] is None else cells[name] for name in PREDICTED])
+        self._writer.writerow([csv_cell(cells[name]) for name in PREDICTED])
         self._table.flush()
         self.done[row["path"]] = "error" if row["error"] else row["verdict"]
 

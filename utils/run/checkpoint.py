@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from default import UsageError
+from utils.run.fields import check_fields
 from utils.run.upgrade import FORMAT, upgraded
 from utils.run.writer import write_whole
+
+
+class Oversized(ValueError):
+    """A file that claims to hold more than it does."""
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -38,7 +44,8 @@ def read_checkpoint(path: str | Path, flag: str = "--eval_ckpt") -> dict[str, An
     """The dictionary in a checkpoint file that `flag` asked for, loaded with weights_only, in today's form.
 
     Raises:
-        UsageError: no such file, truncated, not a checkpoint, or a pickle with code in it.
+        UsageError: no such file, truncated, not a checkpoint, a pickle with code in it, one that claims more than it
+            holds, or one with a field of another type than expected.
     """
     path = Path(path)
     if not path.is_file():
@@ -51,14 +58,58 @@ def read_checkpoint(path: str | Path, flag: str = "--eval_ckpt") -> dict[str, An
         raise UsageError(f"{flag}: cannot read {path}: {reason(error)}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{flag}: {path} is not a checkpoint: it holds a {type(content).__name__}")
+    check_fields(content, f"{flag}: {path}")
     return upgraded(content)
 
 
 def load_tensors(path: Path) -> Any:
-    """What a PyTorch file holds, without running code in it and without PyTorch's remarks on odd files."""
+    """What a PyTorch file holds, without running code in it and without PyTorch's remarks on odd files.
+
+    Raises:
+        Oversized: it would take more memory than the file has bytes.
+    """
+    refuse_inflated(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        for tensor in tensors_in(content):
+            refuse_stretched(tensor)
+    return content
+
+
+def refuse_inflated(path: Path) -> None:
+    """Raise `Oversized` if the entries of a zip file, PyTorch's format, are larger than the file.
+
+    PyTorch stores them as they are, so these are compressed, or lie on top of each other.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as file:
+        claimed, there = sum(entry.file_size for entry in file.infolist()), path.stat().st_size
+    if claimed > there:
+        raise Oversized(f"it claims to hold {claimed} bytes, but the file has {there}")
+
+
+def refuse_stretched(tensor: torch.Tensor) -> None:
+    """Raise `Oversized` if a tensor has more elements than its storage: a copy would take the memory."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise Oversized("it holds tensors that are not stored element by element")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise Oversized(f"it holds a tensor of shape {tuple(tensor.shape)} that is not stored whole")
+
+
+def tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested dictionaries and lists, which may hold each other."""
+    waiting, seen = [content], {id(content)}
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+        for part in inner:
+            if id(part) not in seen:
+                seen.add(id(part))
+                waiting.append(part)
 
 
 def first_broken(state: Mapping[str, Any]) -> str | None:
@@ -71,6 +122,8 @@ def first_broken(state: Mapping[str, Any]) -> str | None:
 
 def reason(error: Exception) -> str:
     """Why `load_tensors` failed."""
+    if isinstance(error, Oversized):
+        return str(error)
     if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
         return "it holds code or objects, which are not loaded"
     if isinstance(error, pickle.UnpicklingError):
