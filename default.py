@@ -250,6 +250,21 @@ class ModelConfig(Part):
     parallel_blocks: tuple[int, ...] = option(
         (2, 5, 8), "flow blocks per level: one value, or one per level", binds="model", low=1, high=64
     )
+    semantics: str = option(
+        "learned",
+        "what concepts are told apart by: a network trained with the flow, or the principal components of the top "
+        "level's mean as they are, so that a concept stays what it was at the start",
+        binds="model",
+        choices=("learned", "pooled"),
+    )
+    context: int = option(
+        0,
+        "judge each place by its surroundings, too, at this distance in places (Gaussians in closed form), for "
+        "--*-score surprise and contrast; 0: do not",
+        binds="model",
+        low=0,
+        high=16,
+    )
     memory: int = option(
         0,
         "training images whose features are kept as a second opinion for --*-score surprise and contrast; 0: none",
@@ -288,6 +303,12 @@ class ModelConfig(Part):
                 "--c-pos-conds: the levels share one semantic embedding, so the values must be equal, "
                 f"but got {' '.join(map(str, self.c_pos_conds))}"
             )
+        if self.semantics == "pooled" and self.codebooks == "released":
+            raise UsageError("--semantics: pooled takes codes from the data, so it needs --codebooks seeded")
+        if self.context and self.quantize_enable and self.semantics == "learned":
+            raise UsageError(
+                "--context: needs concepts that stay what they are, so --semantics pooled, but got learned"
+            )
         if self.c_pos_conds[0] % 4:
             raise UsageError(
                 "--c-pos-conds: expected a multiple of 4 (sine and cosine, row and column), "
@@ -304,8 +325,13 @@ class ModelConfig(Part):
 
     @property
     def kept_pool(self) -> str:
-        """Pooling of the features that are cached and given to the model: none where a memory wants all places."""
-        return "none" if self.memory else self.pool_type
+        """Pooling of the features that are cached and given to the model: none where somebody wants all places."""
+        return "none" if self.all_places else self.pool_type
+
+    @property
+    def all_places(self) -> bool:
+        """Whether memory or context look at features that are not pooled."""
+        return bool(self.memory or self.context)
 
     @property
     def positions(self) -> int:
@@ -586,16 +612,16 @@ _PAPER = _METHOD | {"extractor": "convnextv2_base", "standardize": False}
 _SMALL = _METHOD | {
     "extractor": "tf_efficientnet_lite0", "input_size": 256, "dim_cpc": 64, "k_cpc": 16, "k_cspc": 128,
     "c_pos_conds": (16,), "lr": 3e-4, "schedule": "cosine", "warmup": 0.1, "noise": 0.3, "weight_decay": 0.01,
-    "meta_epochs": 3, "memory": 1000, "holdout": 0.1, "top_k": 0.001,
+    "meta_epochs": 2, "eval_interval": 2, "semantics": "pooled", "context": 2, "memory": 1000, "holdout": 0.1, "top_k": 0.001,
     "image_score": "surprise", "pixel_score": "contrast", "pro_score": "contrast",
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-mvtec": _PAPER | {"dataset": "mvtec"},
     "paper-visa": _PAPER | {"dataset": "visa"},
     "released": _PAPER | {"objective": "released", "codebooks": "released", "schedule": "released"},
-    "cpu": _SMALL | {"eval_interval": 3},
-    "accurate": _SMALL | {"pool_type": "none", "meta_epochs": 2, "eval_interval": 2},
-    "sample": _SMALL | {"dataset": "sample", "meta_epochs": 2, "eval_interval": 2},
+    "cpu": _SMALL,
+    "accurate": _SMALL | {"pool_type": "none"},
+    "sample": _SMALL | {"dataset": "sample"},
 }
 
 

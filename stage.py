@@ -110,7 +110,7 @@ class Stage:
     def build_detector(self, flow: VQFlow | None = None, scorer: Scorer | None = None) -> Detector:
         """A flow and a scorer, new ones unless given: on the device, channels-last, compiled if wanted."""
         flow = flow or self.build_flow()
-        scorer = scorer or Scorer(channels=self.extractor.channels, memory=bool(self.config.model.memory))
+        scorer = scorer or new_scorer(self.config.model, self.extractor.channels)
         if self.config.train.compile:
             flow.compile_flows()
         detector = Detector(flow, scorer, size=self.config.score_size, amp=self.config.train.amp_enable)
@@ -360,6 +360,14 @@ def load_decision(content: dict[str, Any], config: Config, name: str) -> Decisio
     return Decision(calibrated, config.eval.false_alarm_rate)
 
 
+def new_scorer(config: ModelConfig, channels: Sequence[int], rule: ScoreRule | None = None) -> Scorer:
+    """A scorer that has learnt nothing yet."""
+    concepts = config.k_cpc if config.quantize_enable else 1
+    return Scorer(
+        channels=channels, memory=bool(config.memory), context=config.context, concepts=concepts, rule=rule
+    )  # fmt: skip
+
+
 def load_scorer(content: dict[str, Any], config: ModelConfig, channels: Sequence[int], name: str) -> Scorer:
     """The scorer of a checkpoint of ours, with the constants that it was made with.
 
@@ -371,7 +379,7 @@ def load_scorer(content: dict[str, Any], config: ModelConfig, channels: Sequence
         rule, state = ScoreRule.of(stored["rule"]), dict(stored["state"])
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"--eval_ckpt: {name} holds a scorer that this version does not know") from error
-    scorer = Scorer(channels=channels, memory=bool(config.memory), rule=rule)
+    scorer = new_scorer(config, channels, rule)
     if scorer.memory is not None:
         scorer.memory.make_room({k.removeprefix("memory."): v for k, v in state.items()})
     load_strictly(scorer, state, name)

@@ -100,7 +100,9 @@ class Trainer:
             print(printable(saved.line(train.meta_epochs) if saved else start))
         if not saved:
             supply = self.supply
-            first_look(self.detector, kept(supply.everything), images=supply.images, batch_size=train.batch_size)
+            first_look(
+                self.detector, lambda: kept(supply.everything), images=supply.images, batch_size=train.batch_size
+            )
         log = RunLog(
             self.folder, kept=done, config=to_dict(self.config), tensorboard=train.tensorboard, wandb=train.wandb_enable
         )

@@ -36,14 +36,17 @@ class Codebook(nn.Module):
     Two ways to keep the codes alive. "seeded" (ours): counts start at one, `seed` places the codes in the data by
     k-means, and a code that hardly any input chooses moves to a random input. "released": as in the published code,
     counts start at zero and codes are random, so that after one step an unchosen code has the norm decay/eps times its
-    own (method section 6); kept for reproduction.
+    own (method section 6); kept for reproduction. `fixed` codes stay where `seed` places them.
 
     Shapes: inputs (..., dim); `embed`, `embed_avg` (codes, dim); `cluster_size`, `usage` (codes,).
     """
 
-    def __init__(self, *, codes: int, dim: int, decay: float = 0.99, eps: float = 1e-5, released: bool = False) -> None:
+    def __init__(
+        self, *, codes: int, dim: int, decay: float = 0.99, eps: float = 1e-5, released: bool = False,
+        fixed: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.codes, self.dim, self.decay, self.eps, self.released = codes, dim, decay, eps, released
+        self.codes, self.dim, self.decay, self.eps, self.released, self.fixed = codes, dim, decay, eps, released, fixed
         self.embed: Tensor
         self.cluster_size: Tensor
         self.embed_avg: Tensor
@@ -89,6 +92,8 @@ class Codebook(nn.Module):
         counts = torch.zeros_like(self.cluster_size).index_add_(0, indices, ones)
         sums = torch.zeros_like(self.embed_avg).index_add_(0, indices, flat)
         self.usage += counts
+        if self.fixed:
+            return
         self.cluster_size.lerp_(counts, 1 - self.decay)
         self.embed_avg.lerp_(sums, 1 - self.decay)
         if not self.released:
@@ -143,7 +148,7 @@ class Codebook(nn.Module):
         its count.
         """
         order = self.usage.argsort(descending=True, stable=True)
-        unused = (self.usage == 0).nonzero().flatten()
+        unused = (self.usage == 0).nonzero().flatten() if not self.fixed else order[:0]
         used = order[: self.codes - len(unused)]
         if len(unused) == 0 or len(used) == 0:
             return

@@ -56,7 +56,7 @@ class VQFlow(nn.Module):
     """The trained part of the detector; the frozen extractor and the scorer stand beside it.
 
     Features come in three states: as the extractor gives them; *kept*, as a cache holds them (`keep`: pooled, unless a
-    memory wants all places); and *pooled* for the flows (`pool`).
+    memory or a context wants all places); and *pooled* for the flows (`pool`).
 
     Args:
         config: its own part of the configuration.
@@ -78,7 +78,7 @@ class VQFlow(nn.Module):
         self.config, self.channels, self.strides = config, tuple(channels), tuple(strides)
         self.hierarchy = Hierarchy(
             channels=channels, dim=config.dim_cpc, positions=config.positions, quantization=quantization_of(config),
-            sizes=config.condition_sizes, direct=config.conditioning == "direct",
+            sizes=config.condition_sizes, direct=config.conditioning == "direct", pooled=config.semantics == "pooled",
         )  # fmt: skip
         sizes = self.hierarchy.condition_channels
         self.level_flows = nn.ModuleList(
@@ -109,7 +109,7 @@ class VQFlow(nn.Module):
     def pool(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """Kept levels, pooled where that was left to the flows, in single precision at least."""
         levels = [h.float() if h.dtype == torch.float16 else h for h in kept]
-        return pool_features(levels, self.strides, self.config.pool_type) if self.config.memory else levels
+        return pool_features(levels, self.strides, self.config.pool_type) if self.config.all_places else levels
 
     def statistics(self) -> tuple[list[Tensor], list[Tensor]]:
         """Each level's channel means and standard deviations (c_l,), as `set_statistics` stored them."""
