@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from supply import supply_of
 from test import Ended, evaluate
 from trainer import FitResult, Trainer
 from utils.report.images import EvalResult
+from utils.run.distributed import from_first, is_first, wait
 from utils.run.folders import new_folder, resumed_run, run_name, write_config
 from utils.run.lock import locked
 from utils.run.log import optional
@@ -56,11 +58,13 @@ def run_training(config: Config) -> Path:
     check_loggers(config.train)
     stage = Stage(config)
     sources = [stage.training_features(part.kept) for part in parts]  # features that do not fit end here
-    folder = run_folder(config)
-    with locked(folder, "--resume"):
+    folder = from_first(lambda: run_folder(config))
+    with locked(folder, "--resume") if is_first() else contextlib.nullcontext():
         for part in parts:  # before anything is written
             saved_state(stage, part.classes, own_folder(folder, config, part.classes), part.train)
-        write_config(folder, config)
+        wait()
+        if is_first():
+            write_config(folder, config)
         images = sum(len(part.kept) for part in parts)
         print(f"{len(class_names)} classes, {images} training images; run folder: {folder}")
         ended = Ended(folder, config, unseen=all(part.unseen for part in parts))
@@ -104,9 +108,10 @@ def fit_part(stage: Stage, detector: Detector, part: Part, source: Source, folde
         return evaluate(detector, batches, part.classes, config.eval, wanted=wanted)
 
     supply = supply_of(stage, source, part.kept, part.normal if part.unseen else None)
-    own = identity(stage, part.classes, part.train)
+    own, saved = identity(stage, part.classes, part.train), saved_state(stage, part.classes, folder, part.train)
+    wait()  # until all have read what the first one will replace
     trainer = Trainer(config, detector, supply=supply, evaluate=evaluation, folder=folder, identity=own)
-    return trainer.fit(saved_state(stage, part.classes, folder, part.train))
+    return trainer.fit(saved)
 
 
 def own_folder(folder: Path, config: Config, group: tuple[str, ...]) -> Path:

@@ -14,6 +14,7 @@ from models.decision import Calibrated, Decision, Verdict, scoring_of
 from models.scorer import ScoreMaps, Scorer, Units, image_scores
 from models.vqflow import VQFlow, VQFlowOutput
 from utils.run.device import autocast
+from utils.run.distributed import interleaved, summed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +60,19 @@ class Detector(nn.Module):
     def calibrate(self, batches: Iterable[Sequence[Tensor]], *, own: bool = True) -> float:
         """Learn from batches of kept features of normal images, unseen ones at best, what opinions are usual.
 
-        Without `own` they are images that the memory holds, which they must not meet in it.
+        Without `own` they are images that the memory holds, which they must not meet in it. Of several processes each
+        passes its share.
 
         Returns their mean negative log-likelihood per dimension, in nats, without the constant 1/2 ln(2 pi).
         """
         units, nll = Units(len(self.scorer.weights)), []
         for kept, output in self._looked_at(batches):
             units.add(self.scorer.raw_opinions(output, self.flow.standardize(kept), own=own))
-            nll.append(output.nll_per_dim)
+            nll += output.nll_per_dim.tolist()
+        units.images = int(summed(torch.tensor(units.images)))
+        units.sums, units.squares, units.counts = map(summed, (units.sums, units.squares, units.counts))
         self.scorer.set_units(units)
-        return float(torch.cat(nll).mean())
+        return mean(interleaved(nll))
 
     def decide(self, judgement: Judgement, scores: Tensor) -> Verdict:
         """What follows from image scores (B,) of a batch; there must be a `decision`."""
@@ -99,6 +103,7 @@ class Detector(nn.Module):
             peaks += getattr(judgement.maps, config.shown_score).amax((1, 2)).tolist()
             concepts += [-1] * len(found) if concept is None else concept.tolist()
         self.train(was_training)
+        scores, peaks, concepts = interleaved(scores), interleaved(peaks), interleaved(concepts)
         calibrated = Calibrated(
             scores=tuple(scores), peaks=tuple(peaks), concepts=tuple(concepts), unseen=unseen,
             scoring=scoring_of(config, self.size),
@@ -108,7 +113,8 @@ class Detector(nn.Module):
     @torch.no_grad()
     def nll_per_dim(self, batches: Iterable[Sequence[Tensor]]) -> float:
         """Mean negative log-likelihood per dimension of images, as `calibrate` returns it: in eval mode, no noise."""
-        return float(torch.cat([output.nll_per_dim for _, output in self._looked_at(batches)]).mean())
+        nll = [value for _, output in self._looked_at(batches) for value in output.nll_per_dim.tolist()]
+        return mean(interleaved(nll))
 
     def _looked_at(self, batches: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Sequence[Tensor], VQFlowOutput]]:
         """Each batch with the flow's output in eval mode; afterwards the mode is as it was."""
@@ -119,3 +125,8 @@ class Detector(nn.Module):
                 output = self.flow(kept)
             yield kept, output
         self.train(was_training)
+
+
+def mean(values: Sequence[float]) -> float:
+    """In double precision."""
+    return float(torch.tensor(values, dtype=torch.float64).mean())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,15 +10,27 @@ from torch import Tensor
 from models.detector import Detector
 from models.memory import Choice, Remembering
 from models.vqflow import ChannelStatistics
+from utils.run.distributed import alone, shared, summed
 
 SEED_IMAGES = 512  # images in which the codes are placed at the start
+Again = Callable[[Sequence[int]], Iterable[Sequence[Tensor]]]
 
 
 @torch.no_grad()
-def first_look(detector: Detector, batches: Iterable[Sequence[Tensor]], *, images: int, batch_size: int) -> None:
+def first_look(
+    detector: Detector,
+    batches: Iterable[Sequence[Tensor]],
+    *,
+    images: int,
+    batch_size: int,
+    again: Again | None = None,
+) -> None:
     """One pass over kept features of all `images` training images.
 
     Codes are placed in the embeddings of up to `SEED_IMAGES` random images, in batches of about `batch_size`.
+
+    Of several processes each passes its share, and their sums are added up. What is kept of single images they do not
+    send each other: there are few of them, and each process looks at them `again` by their numbers.
     """
     flow, memory = detector.flow, detector.scorer.memory
     seeded = flow.config.codebooks == "seeded" and flow.config.quantize_enable
@@ -29,19 +41,44 @@ def first_look(detector: Detector, batches: Iterable[Sequence[Tensor]], *, image
     for kept in batches:
         pooled = flow.pool(kept)
         statistics.add(pooled)
+        if shared():
+            continue
         if seeded:
             rows = choice.rows(pooled[0])
             chosen += [[h[row] for h in pooled] for row in rows]
         if remembering is not None:
             remembering.add(kept)
     if flow.config.standardize:
-        flow.set_statistics(statistics)
+        flow.set_statistics(of_all(statistics))
+    if shared():
+        assert again is not None
+        if seeded:
+            chosen = [list(row) for kept in again(only_chosen(choice)) for row in zip(*flow.pool(kept), strict=True)]
+        if remembering is not None:
+            for kept in again(only_chosen(remembering.choice)):
+                remembering.add(kept)
     if seeded:
         flow.train()
         order = [chosen[i] for i in torch.randperm(len(chosen)).tolist()]
-        flow.hierarchy.seed([flow.standardize(part) for part in stacked(order, batch_size)])
+        with alone():  # the same in all processes
+            flow.hierarchy.seed([flow.standardize(part) for part in stacked(order, batch_size)])
     if remembering is not None:
         remembering.finish(*flow.statistics())
+
+
+def of_all(statistics: ChannelStatistics) -> ChannelStatistics:
+    """With the sums of all processes."""
+    counts = torch.tensor(statistics.count, dtype=torch.float64, device=statistics.total[0].device)
+    statistics.count = [int(count) for count in summed(counts).tolist()]
+    statistics.total, statistics.squares = ([summed(v) for v in s] for s in (statistics.total, statistics.squares))
+    return statistics
+
+
+def only_chosen(choice: Choice) -> list[int]:
+    """The numbers of the chosen images; the next ones that come are those alone."""
+    numbers = choice.chosen.nonzero().flatten().tolist()
+    choice.chosen = torch.ones(len(numbers), dtype=torch.bool)
+    return numbers
 
 
 def stacked(rows: list[list[Tensor]], size: int) -> Iterator[list[Tensor]]:
