@@ -51,6 +51,7 @@ from utils.run.upgrade import FORMAT, OLD
 
 Source = LiveFeatures | CachedFeatures
 ANY = f"*/{LAST}"  # in a run folder with a model for each class
+MOST_AT_ONCE = 64  # images in one process, where --batch-size counts those of all
 KEYS = {"config", "model", "scorer", "classes", "extractor"}  # of a checkpoint of ours
 
 
@@ -135,8 +136,9 @@ class Stage:
 
     def ordered_features(self, dataset: ImageFolder, numbers: Sequence[int] | None = None) -> Source:
         """All images in order, or those of these numbers; of several processes each gets its share."""
-        own = numbers if processes() == 1 else share(range(len(dataset)) if numbers is None else numbers)
-        return self._source(self._ordered(dataset, own), dataset)
+        if processes() > 1:
+            numbers = share(range(len(dataset)) if numbers is None else numbers, self.ordered_size)
+        return self._source(self._ordered(dataset, numbers), dataset)
 
     def chosen_features(self, dataset: ImageFolder, numbers: Sequence[int]) -> Source:
         """The images of these ascending numbers in every process, in the batches in which all images would come."""
@@ -152,9 +154,15 @@ class Stage:
             for loader in self._loaders:
                 loader.end_workers()
 
+    @property
+    def ordered_size(self) -> int:
+        """Images in a batch of those that are looked at in order; a process of several takes no more than it can."""
+        size = self.config.train.batch_size
+        return size if processes() == 1 else min(size, MOST_AT_ONCE)
+
     def _ordered(self, dataset: ImageFolder, numbers: Sequence[int] | None = None) -> ImageLoader:
         return ordered_loader(
-            dataset, batch_size=-(-self.config.train.batch_size // processes()), workers=self.workers, numbers=numbers,
+            dataset, batch_size=self.ordered_size, workers=self.workers, numbers=numbers,
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
 
@@ -197,7 +205,7 @@ class Stage:
 
     def _fill_together(self, dataset: ImageFolder, folder: Path) -> None:
         """Each process extracts its part of the images into a cache on disk that is not there yet."""
-        part = block(range(len(dataset)))
+        part = block(len(dataset), self.ordered_size)
         loader = self._ordered(dataset, part)
         fill_together(
             folder, loader, self.extract, start=part.start, device=self.device,

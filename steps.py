@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -96,7 +98,11 @@ def shared_by_all(flow: VQFlow) -> Model:
     """
     if processes() == 1:
         return flow
-    return DistributedDataParallel(flow, broadcast_buffers=False, gradient_as_bucket_view=True)
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 tensors, which have no order
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before PyTorch 2.14
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(flow, gradient_as_bucket_view=True, **options)
 
 
 def train_epoch(

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
 from torch import Tensor
 
 from datasets import are_unseen, build_datasets, present_classes, resolve_classes, split_holdout
@@ -42,16 +41,18 @@ def evaluate(
     config: EvalConfig,
     *,
     wanted: Collection[int] = (),
+    size: int = 1,
 ) -> EvalResult:
     """Score every image of `batches`, whose masks have the detector's size, and compute each class's metrics.
 
     The detector is put into eval mode, and back as it was. Shown maps are kept of the `wanted` images in any case.
-    Of several processes each scores its share of the images; curves and maps are the first one's alone.
+    Of several processes each scores its share of the images, in batches of `size`; curves and maps are the first one's
+    alone.
     """
     was_training = detector.training
     detector.eval()
     found = Found({name: ClassAccumulator(fpr_limit=config.fpr_limit) for name in class_names}, [], Album(wanted))
-    for batch in batches:
+    for number, batch in enumerate(batches):
         judgement = detector.judge(batch.features)
         maps = judgement.maps
         scores = image_scores(getattr(maps, config.image_score), config.top_k)
@@ -63,25 +64,21 @@ def evaluate(
         verdict = None if detector.decision is None else detector.decide(judgement, scores)
         shown = getattr(maps, config.shown_score)
         said = image_results(batch, class_names, scores, shown, judgement.output.concept, verdict)
-        for image, heat in zip(said, shown, strict=True):
-            found.add(image, heat.cpu().numpy())
+        first = sum(map(len, found.images)) if processes() == 1 else (number * processes() + rank()) * size
+        found.images.append(list(said))
+        for place, (image, heat) in enumerate(zip(found.images[-1], shown, strict=True), start=first):
+            found.album.add(place, image.group, image.score, heat.cpu().numpy())
     detector.train(was_training)
     return found.result(detector, config)
 
 
 @dataclass
 class Found:
-    """What an evaluation, or a process's share of it, has found so far."""
+    """What an evaluation, or a process's share of it, has found so far; the images batch by batch."""
 
     accumulators: dict[str, ClassAccumulator]
-    images: list[ImageResult]
+    images: list[list[ImageResult]]
     album: Album
-
-    def add(self, image: ImageResult, shown: NDArray) -> None:
-        """The next image with its shown map; of several processes' images each n-th is of this one."""
-        number = len(self.images) * processes() + rank()
-        self.album.add(number, image.group, image.score, shown)
-        self.images.append(image)
 
     def result(self, detector: Detector, config: EvalConfig) -> EvalResult:
         """Of all processes' images together."""
@@ -258,7 +255,9 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         source = stage.ordered_features(test)
         batches = progress(source.epoch(0), total=len(source), text="evaluation")
         with stage.reading():
-            found = evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval))
+            found = evaluate(
+                detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), size=stage.ordered_size
+            )
         sets = (*split_holdout(train, own.data.holdout), test)
         ended = ended or Ended(from_first(partial(new_run, own)), own)
         ended.unseen &= are_unseen(*sets[:2])

@@ -68,7 +68,7 @@ class Detector(nn.Module):
         units, nll = Units(len(self.scorer.weights)), []
         for kept, output in self._looked_at(batches):
             units.add(self.scorer.raw_opinions(output, self.flow.standardize(kept), own=own))
-            nll += output.nll_per_dim.tolist()
+            nll.append(output.nll_per_dim.tolist())
         units.images = int(summed(torch.tensor(units.images)))
         units.sums, units.squares, units.counts = map(summed, (units.sums, units.squares, units.counts))
         self.scorer.set_units(units)
@@ -92,28 +92,27 @@ class Detector(nn.Module):
         """
         was_training = self.training
         self.eval()
-        scores: list[float] = []
-        peaks: list[float] = []
-        concepts: list[int] = []
+        found: list[list[tuple[float, float, int]]] = []
         for kept in batches:
             judgement = self.judge(kept, own=own)
-            found = image_scores(getattr(judgement.maps, config.image_score), config.top_k)
+            scores = image_scores(getattr(judgement.maps, config.image_score), config.top_k).tolist()
+            peaks = getattr(judgement.maps, config.shown_score).amax((1, 2)).tolist()
             concept = judgement.output.concept
-            scores += found.tolist()
-            peaks += getattr(judgement.maps, config.shown_score).amax((1, 2)).tolist()
-            concepts += [-1] * len(found) if concept is None else concept.tolist()
+            concepts = [-1] * len(scores) if concept is None else concept.tolist()
+            found.append(list(zip(scores, peaks, concepts, strict=True)))
         self.train(was_training)
-        scores, peaks, concepts = interleaved(scores), interleaved(peaks), interleaved(concepts)
+        rows = interleaved(found)
         calibrated = Calibrated(
-            scores=tuple(scores), peaks=tuple(peaks), concepts=tuple(concepts), unseen=unseen,
+            scores=tuple(s for s, _, _ in rows), peaks=tuple(p for _, p, _ in rows),
+            concepts=tuple(c for _, _, c in rows), unseen=unseen,
             scoring=scoring_of(config, self.size),
         )  # fmt: skip
-        self.decision = Decision(calibrated, config.false_alarm_rate).to(self.scorer.mean.device) if scores else None
+        self.decision = Decision(calibrated, config.false_alarm_rate).to(self.scorer.mean.device) if rows else None
 
     @torch.no_grad()
     def nll_per_dim(self, batches: Iterable[Sequence[Tensor]]) -> float:
         """Mean negative log-likelihood per dimension of images, as `calibrate` returns it: in eval mode, no noise."""
-        nll = [value for _, output in self._looked_at(batches) for value in output.nll_per_dim.tolist()]
+        nll = [output.nll_per_dim.tolist() for _, output in self._looked_at(batches)]
         return mean(interleaved(nll))
 
     def _looked_at(self, batches: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Sequence[Tensor], VQFlowOutput]]:

@@ -49,7 +49,7 @@ def first_look(
         if remembering is not None:
             remembering.add(kept)
     if flow.config.standardize:
-        flow.set_statistics(of_all(statistics))
+        flow.set_statistics(of_all(statistics, flow.statistics()[0]) if shared() else statistics)
     if shared():
         assert again is not None
         if seeded:
@@ -66,11 +66,13 @@ def first_look(
         remembering.finish(*flow.statistics())
 
 
-def of_all(statistics: ChannelStatistics) -> ChannelStatistics:
-    """With the sums of all processes."""
-    counts = torch.tensor(statistics.count, dtype=torch.float64, device=statistics.total[0].device)
+def of_all(statistics: ChannelStatistics, channels: Sequence[Tensor]) -> ChannelStatistics:
+    """With the sums of all processes; one that has seen no image has zeros (c_l,), of the shapes of `channels`."""
+    counts = torch.tensor(statistics.count, dtype=torch.float64, device=channels[0].device)
     statistics.count = [int(count) for count in summed(counts).tolist()]
-    statistics.total, statistics.squares = ([summed(v) for v in s] for s in (statistics.total, statistics.squares))
+    zeros = [torch.zeros_like(level, dtype=torch.float64) for level in channels]
+    statistics.total = [summed(zero + v) for zero, v in zip(zeros, statistics.total, strict=True)]
+    statistics.squares = [summed(zero + v) for zero, v in zip(zeros, statistics.squares, strict=True)]
     return statistics
 
 

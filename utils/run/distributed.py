@@ -13,12 +13,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 
 from default import UsageError
 
@@ -93,15 +93,24 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def share(values: Sequence[Value]) -> Sequence[Value]:
-    """Every n-th value, those of this process among n; `interleaved` puts them together again."""
-    return values[rank() :: processes()]
+def share(values: Sequence[Value], size: int) -> list[Value]:
+    """Of batches of `size` values every n-th, those of this process among n; `interleaved` puts all together again.
+
+    The batches are those of a single process, so that what is computed of them is the same to the last bit.
+    """
+    return [value for start in starts(len(values), size) for value in values[start : start + size]]
 
 
-def block(numbers: range) -> range:
-    """This process's part of consecutive numbers, consecutive itself."""
-    count = len(numbers)
-    return numbers[rank() * count // processes() : (rank() + 1) * count // processes()]
+def starts(count: int, size: int) -> range:
+    """Where this process's batches of `size` among `count` values begin."""
+    return range(rank() * size, count, processes() * size)
+
+
+def block(count: int, size: int) -> range:
+    """This process's part of `count` consecutive numbers, in whole batches of `size`."""
+    batches = -(-count // size)
+    first, last = (number * batches // processes() * size for number in (rank(), rank() + 1))
+    return range(min(first, count), min(last, count))
 
 
 # --- what all find out together
@@ -111,7 +120,19 @@ def summed(values: Tensor) -> Tensor:
     """The sum over all processes, element by element; gradients flow through it."""
     if not shared():
         return values
-    return all_reduce(values) if values.requires_grad else _reduced(values, dist.ReduceOp.SUM)
+    return _Sum.apply(values)
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over all processes; what all of them lose by it is the sum of what each one loses."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _reduced(values, dist.ReduceOp.SUM)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _reduced(grad, dist.ReduceOp.SUM)
 
 
 def averaged(values: Tensor) -> Tensor:
@@ -143,26 +164,17 @@ def normal_like(rows: Tensor) -> Tensor:
     """Standard normal numbers for a process's part (B, ...) of a batch, those that a single process would draw."""
     if not shared():
         return torch.randn_like(rows)
-    count = len(rows)
-    whole = rows[:1].expand(count * processes(), *rows.shape[1:])
-    drawn = torch.randn_like(whole, memory_format=torch.contiguous_format)
-    return drawn[rank() * count : (rank() + 1) * count]
+    drawn = torch.randn_like(torch.cat([rows] * processes()))  # in its order in memory, too
+    return drawn[rank() * len(rows) : (rank() + 1) * len(rows)]
 
 
-def interleaved(values: list[Value]) -> list[Value]:
-    """What all processes found of their `share` of something, in the order of the whole."""
-    if not shared():
-        return values
-    parts: list[list[Value]] = [[] for _ in range(processes())]
-    dist.all_gather_object(parts, values)
-    return _in_order(parts)
-
-
-def _in_order(parts: Sequence[Sequence[Value]]) -> list[Value]:
-    whole: list[Any] = [None] * sum(map(len, parts))
-    for number, part in enumerate(parts):
-        whole[number :: len(parts)] = part
-    return whole
+def interleaved(batches: list[list[Value]]) -> list[Value]:
+    """What is known of all images, in order, from what this process found in its batches (see `share`)."""
+    parts: list[list[list[Value]]] = [batches] * processes()
+    if shared():
+        dist.all_gather_object(parts, batches)
+    rows = [row for rows in zip_longest(*parts) for row in rows if row is not None]
+    return [value for row in rows for value in row]
 
 
 def joined(values: Sequence[Value]) -> list[Value]:
