@@ -231,9 +231,10 @@ def wait() -> None:
 def say(line: str, *, echo: bool = False) -> None:
     """Print a line about how a process ends: once where several end alike, and an `echo` of others' ends only if
     nothing was said before."""
-    if _State.store is not None and not _is_news(line, echo):
-        return
-    print(line, file=sys.stderr, flush=True)
+    if _State.store is None:
+        print(line, file=sys.stderr)
+    elif _is_news(line, echo):
+        print(line, file=sys.__stderr__, flush=True)  # whoever is silenced
 
 
 def _is_news(line: str, echo: bool) -> bool:
