@@ -181,6 +181,8 @@ def run(argv: Sequence[str]) -> int:
     config, chosen, dry = parse(argv)
     if dry:
         print(json.dumps({"version": __version__} | to_dict(config), indent=2))
+    elif config.run.mode in ("table", "export") and several():
+        raise UsageError(f"--mode {config.run.mode}: is the work of one process; leave torchrun out")
     elif config.run.mode == "train":
         from train import run_training
 
@@ -211,8 +213,9 @@ def for_each_seed(config: Config, train: Callable[[Config], Path]) -> None:
         return
     folders = [train(replace(config, run=replace(config.run, seed=s, seeds=()))) for s in config.run.seeds]
     from utils.report.gather import summarize_seeds
+    from utils.run.distributed import from_first
 
-    print(summarize_seeds(config, folders))
+    print(from_first(lambda: summarize_seeds(config, folders)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -251,9 +254,14 @@ def guarded(argv: Sequence[str]) -> int:
         return said(f"error: {text}", 1, echo=is_echo(error)) if text is not None else reported(argv)
 
 
+def several() -> bool:
+    """Whether torchrun started more than this process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def connected() -> contextlib.AbstractContextManager:
     """Meanwhile the processes that torchrun started work together; PyTorch is loaded here only if there are several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if not several():
         return contextlib.nullcontext()
     from utils.run.distributed import together
 

@@ -21,6 +21,7 @@ FLAGS = [
     *TINY, *METHOD, "--dataset", "folder", "--batch-size", "6", "--noise", "0.3", "--memory", "8", "--holdout", "0.3",
     "--image-score", "surprise", "--eval-size", "40", "--no-report",
 ]  # fmt: skip
+PREDICT = ["--mode", "predict", "--device", "cpu", "--save-maps", "npy", "--batch-size", "4", "--eval_ckpt"]
 
 
 def only(work: Path) -> Path:
@@ -56,7 +57,9 @@ def alone(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     work, again = tmp_path_factory.mktemp("train"), tmp_path_factory.mktemp("test")
     assert main([*FLAGS, "--data-path", str(tree), "--work-dir", str(work)]) == 0
     assert main(["--mode", "test", "--eval_ckpt", str(only(work)), "--work-dir", str(again)]) == 0
-    return {"train": only(work), "test": only(again)}
+    said = tmp_path_factory.mktemp("said")
+    assert main([*PREDICT, str(only(work)), "--output", str(said), str(tree)]) == 0
+    return {"train": only(work), "test": only(again), "predict": said}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -66,10 +69,12 @@ def runs(
     work, again = tmp_path_factory.mktemp("train"), tmp_path_factory.mktemp("test")
     train = [*FLAGS, "--data-path", str(tree), "--work-dir"]
     test = ["--mode", "test", "--eval_ckpt", str(alone["train"]), "--work-dir", str(again)]
+    said = tmp_path_factory.mktemp("said")
+    predict = [*PREDICT, str(alone["train"]), "--output", str(said), str(tree)]
     small = [*train, str(tmp_path_factory.mktemp("small")), "--batch-size", "1"]
-    found = under_torchrun(request.param, [[*train, str(work)], test, small])
+    found = under_torchrun(request.param, [[*train, str(work)], test, predict, small])
     assert found.returncode == 0, found.stderr
-    return Runs(alone=alone, together={"train": only(work), "test": only(again)}, output=found)
+    return Runs(alone=alone, together={"train": only(work), "test": only(again), "predict": said}, output=found)
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -116,8 +121,18 @@ def test_evaluation_is_that_of_a_single_process(runs: Runs) -> None:
         assert a == pytest.approx(b, rel=0, abs=1e-12)
 
 
+def test_predictions_come_in_the_order_of_a_single_process(runs: Runs) -> None:
+    first, second = (
+        [json.loads(line) | {"seconds": 0} for line in (r["predict"] / "scores.jsonl").read_text().splitlines()]
+        for r in (runs.alone, runs.together)
+    )
+    assert len(first) == 36 and first == second
+    for path in (runs.alone["predict"] / "maps").iterdir():
+        assert path.read_bytes() == (runs.together["predict"] / "maps" / path.name).read_bytes()
+
+
 def test_the_first_process_alone_writes_and_prints(runs: Runs) -> None:
-    for kind in ("train", "test"):
+    for kind in ("train", "test", "predict"):
         one, many = (
             sorted(p.relative_to(folders[kind]).as_posix() for p in folders[kind].rglob("*"))
             for folders in (runs.alone, runs.together)
