@@ -165,7 +165,7 @@ class Ended:
         self.folder, self.config, self.unseen = folder, config, unseen
         self.best: dict[str, dict[str, float]] | None = None  # see `Results`
         self.parts: list[EvalResult] = []
-        self._pages: dict[str, ClassPage] = {}
+        self.pages: dict[str, ClassPage] = {}
         self._table = ""
 
     def add(self, part: EvalResult) -> None:
@@ -184,17 +184,17 @@ class Ended:
     ) -> None:
         """Pictures of what was added last: see `present`."""
         if is_first():
-            self._pages |= present(stage, detector, sets, self.parts[-1], self.folder / "pictures", share)
+            self.pages |= present(stage, detector, sets, self.parts[-1], self.folder / "pictures", share)
 
     def report(self) -> None:
         """Write the report, and say what was found and where it is."""
         lines = [self._table, f"run folder: {self.folder}"]
-        if self._pages:
+        if self.pages:
             rows = comparison_rows(self.config.data.dataset) if self.config.compared else []
             decided = Decided.joined([part.decided for part in self.parts if part.decided is not None])
             with spared(self.folder / "report.html"):
                 path = report_run(
-                    self.folder, self._pages, self.config, unseen=self.unseen, decided=decided, published=rows
+                    self.folder, self.pages, self.config, unseen=self.unseen, decided=decided, published=rows
                 )
                 lines.append(f"report: {path}")
         print("\n".join(lines))  # when all is written

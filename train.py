@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import are_unseen, build_datasets, resolve_classes, split_holdout
@@ -11,13 +11,13 @@ from datasets.folder import ImageFolder
 from default import Config, TrainConfig
 from models.detector import Detector
 from resume import identity, saved_state
-from show import pictured
+from show import pictured, present
 from stage import Source, Stage
 from supply import supply_of
 from test import Ended, evaluate
 from trainer import FitResult, Trainer
 from utils.report.images import EvalResult
-from utils.run.distributed import from_first, is_first, wait
+from utils.run.distributed import alone, from_first, gathered, is_first, processes, queue, wait
 from utils.run.folders import new_folder, resumed_run, run_name, write_config
 from utils.run.lock import locked
 from utils.run.log import optional
@@ -57,7 +57,8 @@ def run_training(config: Config) -> Path:
     parts = parts_of(config, class_names)
     check_loggers(config.train)
     stage = Stage(config)
-    sources = [stage.training_features(part.kept) for part in parts]  # features that do not fit end here
+    queued = processes() > 1 and not config.data.multi_class
+    sources = [] if queued else [stage.training_features(p.kept) for p in parts]  # features that do not fit end here
     folder = from_first(lambda: run_folder(config))
     with locked(folder, "--resume") if is_first() else contextlib.nullcontext():
         for part in parts:  # before anything is written
@@ -68,7 +69,9 @@ def run_training(config: Config) -> Path:
         images = sum(len(part.kept) for part in parts)
         print(f"{len(class_names)} classes, {images} training images; run folder: {folder}")
         ended = Ended(folder, config, unseen=all(part.unseen for part in parts))
-        for part, source in zip(parts, sources, strict=True):
+        if queued:
+            train_queued(stage, parts, folder, ended)
+        for part, source in zip(() if queued else parts, sources, strict=True):
             own = own_folder(folder, config, part.classes)
             own.mkdir(exist_ok=True)
             if not config.data.multi_class:
@@ -84,6 +87,28 @@ def run_training(config: Config) -> Path:
                 ended.show(stage, detector, (part.kept, part.normal, part.test), len(class_names))
         ended.report()
     return folder
+
+
+def train_queued(stage: Stage, parts: list[Part], folder: Path, ended: Ended) -> None:
+    """A model for each class in several processes: each trains the next class that none has taken, by itself."""
+    made = []
+    for number in queue(f"classes of {folder}", range(len(parts))):
+        part = parts[number]
+        own = own_folder(folder, stage.config, part.classes)
+        own.mkdir(exist_ok=True)
+        print(f"class {printable(part.classes[0])}")
+        with alone():
+            detector = stage.build_detector()
+            with stage.reading():
+                found = fit_part(stage, detector, part, stage.training_features(part.kept), own).last
+            sets, pages = (part.kept, part.normal, part.test), {}
+            if part.test.items:
+                pages = present(stage, detector, sets, found, folder / "pictures", len(parts))
+        made.append((number, replace(found, maps={}), pages))
+    for _, found, pages in sorted((row for rows in gathered(made) for row in rows), key=lambda row: row[0]):
+        ended.add(found)
+        ended.pages |= pages
+    ended.write_tables()
 
 
 def run_folder(config: Config) -> Path:

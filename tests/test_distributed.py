@@ -22,6 +22,7 @@ FLAGS = [
     "--image-score", "surprise", "--eval-size", "40", "--no-report",
 ]  # fmt: skip
 PREDICT = ["--mode", "predict", "--device", "cpu", "--save-maps", "npy", "--batch-size", "4", "--eval_ckpt"]
+SINGLE = ["--no-multi-class", "--memory", "0", "--no-mixed-gaussian"]
 
 
 def only(work: Path) -> Path:
@@ -59,7 +60,9 @@ def alone(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     assert main(["--mode", "test", "--eval_ckpt", str(only(work)), "--work-dir", str(again)]) == 0
     said = tmp_path_factory.mktemp("said")
     assert main([*PREDICT, str(only(work)), "--output", str(said), str(tree)]) == 0
-    return {"train": only(work), "test": only(again), "predict": said}
+    single = tmp_path_factory.mktemp("single")
+    assert main([*FLAGS, *SINGLE, "--data-path", str(tree), "--work-dir", str(single)]) == 0
+    return {"train": only(work), "test": only(again), "predict": said, "single": only(single)}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -70,11 +73,13 @@ def runs(
     train = [*FLAGS, "--data-path", str(tree), "--work-dir"]
     test = ["--mode", "test", "--eval_ckpt", str(alone["train"]), "--work-dir", str(again)]
     said = tmp_path_factory.mktemp("said")
+    single = tmp_path_factory.mktemp("single")
     predict = [*PREDICT, str(alone["train"]), "--output", str(said), str(tree)]
     small = [*train, str(tmp_path_factory.mktemp("small")), "--batch-size", "1"]
-    found = under_torchrun(request.param, [[*train, str(work)], test, predict, small])
+    found = under_torchrun(request.param, [[*train, str(work)], test, predict, [*train, str(single), *SINGLE], small])
     assert found.returncode == 0, found.stderr
-    return Runs(alone=alone, together={"train": only(work), "test": only(again), "predict": said}, output=found)
+    folders = {"train": only(work), "test": only(again), "predict": said, "single": only(single)}
+    return Runs(alone=alone, together=folders, output=found)
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -131,15 +136,25 @@ def test_predictions_come_in_the_order_of_a_single_process(runs: Runs) -> None:
         assert path.read_bytes() == (runs.together["predict"] / "maps" / path.name).read_bytes()
 
 
+def test_models_of_single_classes_are_those_of_a_single_process(runs: Runs) -> None:
+    one, many = runs.alone["single"], runs.together["single"]
+    assert (one / "scores.csv").read_bytes() == (many / "scores.csv").read_bytes()
+    for name in ("bottle", "grid"):
+        first, second = content(one / name)["model"], content(many / name)["model"]
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+    first, second = (json.loads((f / "results.json").read_text(encoding="utf-8")) for f in (one, many))
+    assert first["classes"] == second["classes"] and first["mean"] == second["mean"]
+
+
 def test_the_first_process_alone_writes_and_prints(runs: Runs) -> None:
-    for kind in ("train", "test", "predict"):
+    for kind in ("train", "test", "predict", "single"):
         one, many = (
             sorted(p.relative_to(folders[kind]).as_posix() for p in folders[kind].rglob("*"))
             for folders in (runs.alone, runs.together)
         )
         assert one == many
     text, errors = runs.output.stdout, runs.output.stderr
-    assert text.count("meta epoch 1/1") == 1
+    assert text.count("2 classes, 10 training images; run folder: ") == 2, "both trainings, once"
     assert text.count("6 a step; learning rate 0.0001") == 1
     assert errors.count("error: --batch-size: expected at least one image for each of") == 1
     assert errors.count("error: refused by the first one") == 1

@@ -61,11 +61,11 @@ def together() -> Iterator[None]:
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Meanwhile this process does its own work: it shares nothing, and waits for nobody."""
-    _State.alone = True
+    before, _State.alone = _State.alone, True
     try:
         yield
     finally:
-        _State.alone = False
+        _State.alone = before
 
 
 def shared() -> bool:
