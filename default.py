@@ -612,8 +612,8 @@ _PAPER = _METHOD | {"extractor": "convnextv2_base", "standardize": False}
 _SMALL = _METHOD | {
     "extractor": "tf_efficientnet_lite0", "input_size": 256, "dim_cpc": 64, "k_cpc": 16, "k_cspc": 128,
     "c_pos_conds": (16,), "lr": 3e-4, "schedule": "cosine", "warmup": 0.1, "noise": 0.3, "weight_decay": 0.01,
-    "meta_epochs": 2, "eval_interval": 2, "semantics": "pooled", "context": 2, "memory": 1000, "holdout": 0.1, "top_k": 0.001,
-    "image_score": "surprise", "pixel_score": "contrast", "pro_score": "contrast",
+    "meta_epochs": 2, "eval_interval": 2, "semantics": "pooled", "context": 2, "memory": 1000, "holdout": 0.1,
+    "top_k": 0.001, "image_score": "surprise", "pixel_score": "contrast", "pro_score": "contrast",
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-mvtec": _PAPER | {"dataset": "mvtec"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from datasets.cache import NoRoom, cache_key, make_store, to_half
 from datasets.features import CachedFeatures, LiveFeatures
 from datasets.folder import ImageFolder
-from datasets.loaders import ImageLoader, ordered_loader, resolve_workers, train_loader
+from datasets.loaders import ImageLoader, grouped_loader, ordered_loader, resolve_workers, train_loader
 from datasets.reading import RELEASED, Reading
+from datasets.together import fill_together
 from default import (
     CALIBRATED,
     FIXED,
@@ -23,6 +25,7 @@ from default import (
     Config,
     EvalConfig,
     ModelConfig,
+    TrainConfig,
     UsageError,
     flag_of,
     flat,
@@ -39,6 +42,7 @@ from models.official import is_official, load_official, load_strictly, refuse_mi
 from models.scorer import Scorer, ScoreRule
 from models.vqflow import VQFlow, pool_features
 from utils.run.device import autocast, check_compiler, has_bfloat16, resolve_device
+from utils.run.distributed import block, from_first, processes, share
 from utils.run.folders import check_writable
 from utils.run.keeper import LAST
 from utils.run.offline import go_offline
@@ -49,6 +53,7 @@ from utils.run.upgrade import FORMAT, OLD
 
 Source = LiveFeatures | CachedFeatures
 ANY = f"*/{LAST}"  # in a run folder with a model for each class
+MOST_AT_ONCE = 64  # images in one process, where --batch-size counts those of all
 KEYS = {"config", "model", "scorer", "classes", "extractor"}  # of a checkpoint of ours
 
 
@@ -128,10 +133,16 @@ class Stage:
         return [h.float() if self.config.data.cache == "none" else to_half(h).float() for h in kept]
 
     def training_features(self, dataset: ImageFolder) -> Source:
-        """Shuffled batches, the last partial one dropped."""
+        """Shuffled batches, the last partial one dropped; each process gets its part of them.
+
+        Raises:
+            UsageError: there are more processes than images in a batch.
+        """
         size = self.config.train.batch_size
         if size > len(dataset):
             print(f"--batch-size {size}: there are {len(dataset)} training images, so a batch has {len(dataset)}")
+        if processes() > 1:
+            print(shared_out(min(size, len(dataset)), self.config.train))
         loader = train_loader(
             dataset, batch_size=size, workers=self.workers, seed=self.config.run.seed,
             pin_memory=self.device.type == "cuda",
@@ -139,8 +150,15 @@ class Stage:
         return self._source(loader, dataset)
 
     def ordered_features(self, dataset: ImageFolder, numbers: Sequence[int] | None = None) -> Source:
-        """All images in order, or those of these numbers."""
+        """All images in order, or those of these numbers; of several processes each gets its share."""
+        if processes() > 1:
+            numbers = share(range(len(dataset)) if numbers is None else numbers, self.ordered_size)
         return self._source(self._ordered(dataset, numbers), dataset)
+
+    def chosen_features(self, dataset: ImageFolder, numbers: Sequence[int]) -> Source:
+        """The images of these ascending numbers in every process, in the batches in which all images would come."""
+        groups = [list(g) for _, g in groupby(numbers, lambda n: n // self.config.train.batch_size)]
+        return self._source(grouped_loader(dataset, groups, workers=self.workers), dataset)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -151,9 +169,15 @@ class Stage:
             for loader in self._loaders:
                 loader.end_workers()
 
+    @property
+    def ordered_size(self) -> int:
+        """Images in a batch of those that are looked at in order; a process of several takes no more than it can."""
+        size = self.config.train.batch_size
+        return size if processes() == 1 else min(size, MOST_AT_ONCE)
+
     def _ordered(self, dataset: ImageFolder, numbers: Sequence[int] | None = None) -> ImageLoader:
         return ordered_loader(
-            dataset, batch_size=self.config.train.batch_size, workers=self.workers, numbers=numbers,
+            dataset, batch_size=self.ordered_size, workers=self.workers, numbers=numbers,
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
 
@@ -168,25 +192,57 @@ class Stage:
     def _source(self, loader: ImageLoader, dataset: ImageFolder) -> Source:
         """From a cache as --cache says, else computed batch by batch."""
         self._loaders.append(loader)
-        data, ordered, folder = self.config.data, self._ordered(dataset), self.cache_folder(dataset)
-        place = "disk" if data.cache == "auto" else data.cache
-        free_choice = data.cache == "auto" and not data.pre_extract
-        once = free_choice and self.config.run.mode == "test" and not folder.is_dir()  # would not be read again
-        if place == "none" or once:
+        ordered, folder = self._ordered(dataset), self.cache_folder(dataset)
+        place = from_first(lambda: self._place(folder))
+        if place == "none":
             return LiveFeatures(loader, self.extract, self.device)
         try:
+            if place == "disk" and processes() > 1:
+                self._fill_together(dataset, folder)
             store = make_store(
                 place, folder, ordered, self.extract, device=self.device, keep=self.room(),
                 progress=lambda batches, text: progress(batches, total=len(ordered), text=text),
             )  # fmt: skip
         except NoRoom as error:
-            if not free_choice:
+            if self.config.data.cache != "auto" or self.config.data.pre_extract:
                 raise
             print(printable(f"{error}\nThe features are computed anew in each epoch."))
             return LiveFeatures(loader, self.extract, self.device)
         finally:
             ordered.end_workers()
         return CachedFeatures(loader, store, self.device)
+
+    def _place(self, folder: Path) -> str:
+        """Where features are kept: what --cache says, or what auto comes to."""
+        data = self.config.data
+        if data.cache != "auto":
+            return data.cache
+        once = self.config.run.mode == "test" and not data.pre_extract  # a cache would not be read a second time
+        return "none" if once and not folder.is_dir() else "disk"
+
+    def _fill_together(self, dataset: ImageFolder, folder: Path) -> None:
+        """Each process extracts its part of the images into a cache on disk that is not there yet."""
+        part = block(len(dataset), self.ordered_size)
+        loader = self._ordered(dataset, part)
+        fill_together(
+            folder, loader, self.extract, start=part.start, device=self.device, keep=self.room(),
+            progress=lambda batches, text: progress(batches, total=len(loader), text=text),
+        )  # fmt: skip
+        loader.end_workers()
+
+
+def shared_out(batch: int, config: TrainConfig) -> str:
+    """Says how several processes share a batch of so many images.
+
+    Raises:
+        UsageError: there are more of them than images.
+    """
+    count, own = processes(), batch // processes()
+    if not own:
+        raise UsageError(f"--batch-size: expected at least one image for each of {count} processes, but got {batch}")
+    added = f", added up over {config.accumulate} batches" if config.accumulate > 1 else ""
+    step = own * count * config.accumulate
+    return f"{count} processes: {own} images in each{added}, {step} a step; learning rate {config.lr:g}"
 
 
 def find_checkpoints(path: Path, class_names: Sequence[str]) -> list[Path]:

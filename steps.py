@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,14 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from datasets.features import FeatureBatch
 from default import TrainConfig
 from models.loss import loss_terms
 from models.vqflow import VQFlow
 from utils.run.device import autocast
+from utils.run.distributed import averaged, joined, processes
 from utils.run.schedule import learning_rate
 from utils.run.text import printable
+
+Model = VQFlow | DistributedDataParallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +55,10 @@ class Tally:
     seconds: float = 0.0
 
     def add(self, group: Sequence[FeatureBatch], values: Sequence[float]) -> None:
-        """A step that was taken, its `values` summed over the batches of its group."""
+        """A step that was taken, its `values` summed over the batches of its group; all processes' batches are of the
+        same size."""
         self.counted += len(group)
-        self.images += sum(len(batch.path) for batch in group)
+        self.images += processes() * sum(len(batch.path) for batch in group)
         self.sums = [a + b for a, b in zip(self.sums, values, strict=True)]
 
     def stats(self, lr: float) -> EpochStats:
@@ -83,8 +91,22 @@ class Place:
             self.dropped.append([printable(name) for name in files])
 
 
+def shared_by_all(flow: VQFlow) -> Model:
+    """The flow as it is trained: of several processes each has a replica, whose gradients are averaged as they come.
+
+    Buffers need no sending: what updates them, batch norms and codebooks, sees the batches of all processes.
+    """
+    if processes() == 1:
+        return flow
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 tensors, which have no order
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before PyTorch 2.14
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(flow, gradient_as_bucket_view=True, **options)
+
+
 def train_epoch(
-    model: VQFlow,
+    model: Model,
     batches: Iterable[FeatureBatch],
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
@@ -100,7 +122,7 @@ def train_epoch(
 
 
 def training_steps(
-    model: VQFlow,
+    model: Model,
     batches: Iterable[FeatureBatch],
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
@@ -126,12 +148,12 @@ def training_steps(
         if values is not None:
             tally.add(group, values)
         tally.seconds += time.perf_counter() - began
-        yield () if values is not None else tuple(path for batch in group for path in batch.path)
+        yield () if values is not None else tuple(joined([path for batch in group for path in batch.path]))
         began = time.perf_counter()
 
 
 def take_step(
-    model: VQFlow, group: Sequence[FeatureBatch], optimizer: torch.optim.Optimizer, config: TrainConfig
+    model: Model, group: Sequence[FeatureBatch], optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> list[float] | None:
     """Learn from a group of batches: sums over them of loss, nll, commitment and gradient norm.
 
@@ -140,9 +162,12 @@ def take_step(
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     optimizer.zero_grad(set_to_none=True)
-    rows = [backward(model, batch, config, len(group)) for batch in group]
+    rows = []
+    for batch in group:
+        with contextlib.nullcontext() if batch is group[-1] else unsent(model):
+            rows.append(backward(model, batch, config, len(group)))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-    values = torch.cat([torch.stack(rows).sum(0), norm.detach().double()[None] * len(group)]).tolist()
+    values = averaged(torch.cat([torch.stack(rows).sum(0), norm.detach().double()[None] * len(group)])).tolist()
     if not all(map(math.isfinite, values)):
         for buffer, before in buffers:
             buffer.copy_(before)
@@ -151,7 +176,12 @@ def take_step(
     return values
 
 
-def backward(model: VQFlow, batch: FeatureBatch, config: TrainConfig, share: int) -> Tensor:
+def unsent(model: Model) -> contextlib.AbstractContextManager:
+    """Gradients are added up, but not yet sent to other processes."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def backward(model: Model, batch: FeatureBatch, config: TrainConfig, share: int) -> Tensor:
     """Add a batch's gradients, divided by `share`; its loss, nll and commitment (3,)."""
     with autocast(batch.label.device, config.amp_enable):
         output = model(batch.features, noise=config.noise)

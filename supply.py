@@ -12,6 +12,7 @@ from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from default import UsageError
 from models.decision import split_in_two
+from models.first_look import Again
 from stage import Source, Stage
 from utils.run.progress import progress
 
@@ -24,7 +25,8 @@ class Supply:
 
     Attributes:
         training: shuffled batches of a sub epoch, `batches` of them, and how many of the first ones are left out.
-        everything: all `images` training images in order.
+        everything: all `images` training images in order, of several processes each one's share.
+        again: those of some numbers, in every process; one alone has no need of it.
         sample: a fixed sample of the training images.
         units: held-out normal images that the units of the scores come from, None if none are held out.
         deciding: others of them, whose scores give the thresholds.
@@ -33,6 +35,7 @@ class Supply:
     training: Callable[[int, int], Iterable[FeatureBatch]]
     batches: int
     everything: Passes
+    again: Again | None = None
     images: int
     sample: Passes
     units: Passes | None
@@ -59,6 +62,7 @@ def supply_of(stage: Stage, source: Source, kept: ImageFolder, held_out: ImageFo
     return Supply(
         training=training, batches=len(source), images=len(kept), sample=lambda: sample.epoch(0),
         everything=lambda: progress(everything.epoch(0), total=len(everything), text="first look"),
+        again=lambda numbers: (batch.features for batch in stage.chosen_features(kept, numbers).epoch(0)),
         units=units, deciding=deciding,
     )  # fmt: skip
 

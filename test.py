@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from utils.metrics.bootstrap import bootstrap
 from utils.metrics.concepts import agreement
 from utils.metrics.decisions import Decided, Rate
 from utils.metrics.published import comparison_rows
-from utils.report.images import Album, EvalResult, ImageResult
+from utils.report.images import Album, EvalResult, ImageResult, joined_albums
 from utils.report.page import ClassPage, curves_of, report_run
 from utils.report.results import Results, write_results
 from utils.report.verdicts import write_scores
 from utils.run.checkpoint import read_checkpoint
+from utils.run.distributed import from_first, gathered, interleaved, is_first, processes, rank
 from utils.run.folders import new_run, write_config
 from utils.run.progress import progress
 
@@ -39,38 +41,64 @@ def evaluate(
     config: EvalConfig,
     *,
     wanted: Collection[int] = (),
+    size: int = 1,
 ) -> EvalResult:
     """Score every image of `batches`, whose masks have the detector's size, and compute each class's metrics.
 
     The detector is put into eval mode, and back as it was. Shown maps are kept of the `wanted` images in any case.
+    Of several processes each scores its share of the images, in batches of `size`; curves and maps are the first one's
+    alone.
     """
     was_training = detector.training
     detector.eval()
-    accumulators = {name: ClassAccumulator(fpr_limit=config.fpr_limit) for name in class_names}
-    images: list[ImageResult] = []
-    album = Album(wanted)
-    for batch in batches:
+    found = Found({name: ClassAccumulator(fpr_limit=config.fpr_limit) for name in class_names}, [], Album(wanted))
+    for number, batch in enumerate(batches):
         judgement = detector.judge(batch.features)
         maps = judgement.maps
         scores = image_scores(getattr(maps, config.image_score), config.top_k)
         for index, own in by_class(batch.class_index):
-            accumulators[class_names[index]].update(
+            found.accumulators[class_names[index]].update(
                 labels=batch.label[own], scores=scores[own], masks=batch.mask[own],
                 maps=getattr(maps, config.pixel_score)[own], pro_maps=getattr(maps, config.pro_score)[own],
             )  # fmt: skip
         verdict = None if detector.decision is None else detector.decide(judgement, scores)
         shown = getattr(maps, config.shown_score)
-        found = image_results(batch, class_names, scores, shown, judgement.output.concept, verdict)
-        for image, heat in zip(found, shown, strict=True):
-            album.add(len(images), (image.class_name, image.label, image.hit), image.score, heat.cpu().numpy())
-            images.append(image)
+        said = image_results(batch, class_names, scores, shown, judgement.output.concept, verdict)
+        first = sum(map(len, found.images)) if processes() == 1 else (number * processes() + rank()) * size
+        found.images.append(list(said))
+        for place, (image, heat) in enumerate(zip(found.images[-1], shown, strict=True), start=first):
+            found.album.add(place, image.group, image.score, heat.cpu().numpy())
     detector.train(was_training)
-    classes = {name: accumulator.compute() for name, accumulator in accumulators.items()}
-    return EvalResult(
-        classes=classes, mean=mean_results(classes), images=tuple(images), maps=album.maps,
-        curves={name: curves_of(accumulator) for name, accumulator in accumulators.items()},
-        decided=decided_by(detector, images, config.false_alarm_rate),
-    )  # fmt: skip
+    return found.result(detector, config)
+
+
+@dataclass
+class Found:
+    """What an evaluation, or a process's share of it, has found so far; the images batch by batch."""
+
+    accumulators: dict[str, ClassAccumulator]
+    images: list[list[ImageResult]]
+    album: Album
+
+    def result(self, detector: Detector, config: EvalConfig) -> EvalResult:
+        """Of all processes' images together."""
+        images = interleaved(self.images)
+        merged = {name: added_up(parts) for name, own in self.accumulators.items() if (parts := gathered(own))}
+        classes = from_first(lambda: {name: accumulator.compute() for name, accumulator in merged.items()})
+        return EvalResult(
+            classes=classes, mean=mean_results(classes), images=tuple(images),
+            maps=joined_albums(images, gathered(self.album.maps), self.album.wanted),
+            curves={name: curves_of(accumulator) for name, accumulator in merged.items()},
+            decided=decided_by(detector, images, config.false_alarm_rate),
+        )  # fmt: skip
+
+
+def added_up(parts: Sequence[ClassAccumulator]) -> ClassAccumulator:
+    """The first of a class's accumulators, with what the others hold."""
+    whole, *others = parts
+    for other in others:
+        whole.merge(other)
+    return whole
 
 
 def image_results(
@@ -125,7 +153,7 @@ def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 class Ended:
     """What is written when models have been evaluated: the scores of all images so far, the tables, and only then
-    pictures and report, without which nothing is lost.
+    pictures and report, without which nothing is lost. Of several processes the first one writes.
 
     Args:
         folder: the run folder.
@@ -137,34 +165,36 @@ class Ended:
         self.folder, self.config, self.unseen = folder, config, unseen
         self.best: dict[str, dict[str, float]] | None = None  # see `Results`
         self.parts: list[EvalResult] = []
-        self._pages: dict[str, ClassPage] = {}
+        self.pages: dict[str, ClassPage] = {}
         self._table = ""
 
     def add(self, part: EvalResult) -> None:
         """A model's evaluation."""
         self.parts.append(part)
-        if part.images:
+        if part.images and is_first():
             write_scores(self.folder, (image for part in self.parts for image in part.images))
 
     def write_tables(self) -> None:
         """The tables of all that was added."""
-        self._table = write_results(self.folder, results_of(self.parts, self.config, self.best, self.unseen))
+        if is_first():
+            self._table = write_results(self.folder, results_of(self.parts, self.config, self.best, self.unseen))
 
     def show(
         self, stage: Stage, detector: Detector, sets: tuple[ImageFolder, ImageFolder, ImageFolder], share: int
     ) -> None:
         """Pictures of what was added last: see `present`."""
-        self._pages |= present(stage, detector, sets, self.parts[-1], self.folder / "pictures", share)
+        if is_first():
+            self.pages |= present(stage, detector, sets, self.parts[-1], self.folder / "pictures", share)
 
     def report(self) -> None:
         """Write the report, and say what was found and where it is."""
         lines = [self._table, f"run folder: {self.folder}"]
-        if self._pages:
+        if self.pages:
             rows = comparison_rows(self.config.data.dataset) if self.config.compared else []
             decided = Decided.joined([part.decided for part in self.parts if part.decided is not None])
             with spared(self.folder / "report.html"):
                 path = report_run(
-                    self.folder, self._pages, self.config, unseen=self.unseen, decided=decided, published=rows
+                    self.folder, self.pages, self.config, unseen=self.unseen, decided=decided, published=rows
                 )
                 lines.append(f"report: {path}")
         print("\n".join(lines))  # when all is written
@@ -225,14 +255,17 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         source = stage.ordered_features(test)
         batches = progress(source.epoch(0), total=len(source), text="evaluation")
         with stage.reading():
-            found = evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval))
+            found = evaluate(
+                detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), size=stage.ordered_size
+            )
         sets = (*split_holdout(train, own.data.holdout), test)
-        ended = ended or Ended(new_run(own), own)
+        ended = ended or Ended(from_first(partial(new_run, own)), own)
         ended.unseen &= are_unseen(*sets[:2])
         ended.add(found)
         names = tuple(name for part in ended.parts for name in part.classes)
         ended.config = replace(own, data=replace(own.data, class_names=names))
-        write_config(ended.folder, ended.config)
+        if is_first():
+            write_config(ended.folder, ended.config)
         ended.write_tables()  # anew with each model: whether another one has test images is not known yet
         ended.show(stage, detector, sets, len(class_names) * len(paths))
     if ended is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from utils.run.device import exact_products
+from utils.run.distributed import random_rows, summed
 
 DEAD_SHARE = 0.03  # a code whose EMA count is below this share of the mean count is dead
 
@@ -87,10 +88,10 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, flat: Tensor, indices: Tensor) -> None:
-        """One EMA step towards the mean of the inputs that chose each code."""
+        """One EMA step towards the mean of the inputs that chose each code, in all processes."""
         ones = torch.ones_like(indices, dtype=flat.dtype)
-        counts = torch.zeros_like(self.cluster_size).index_add_(0, indices, ones)
-        sums = torch.zeros_like(self.embed_avg).index_add_(0, indices, flat)
+        counts = summed(torch.zeros_like(self.cluster_size).index_add_(0, indices, ones))
+        sums = summed(torch.zeros_like(self.embed_avg).index_add_(0, indices, flat))
         self.usage += counts
         if self.fixed:
             return
@@ -106,7 +107,7 @@ class Codebook(nn.Module):
         """Move dead codes to random inputs of the batch, with the mean count, without asking the device."""
         mean = self.cluster_size.mean()
         dead = self.cluster_size < DEAD_SHARE * mean
-        picks = flat[torch.randint(len(flat), (self.codes,), device=flat.device)]
+        picks = random_rows(flat, self.codes)
         self.embed_avg.copy_(torch.where(dead[:, None], picks * mean, self.embed_avg))
         self.cluster_size.copy_(torch.where(dead, mean, self.cluster_size))
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from utils.run.device import exact_products
+from utils.run.distributed import summed
 
 PRIOR = 90.0  # images of all kinds that a concept's own are mixed with
 FLOOR = 0.01  # of the mean variance, added to every variance: directions without variance say nothing
@@ -141,7 +142,9 @@ class Moments:
 
     @torch.no_grad()
     def fit(self) -> None:
-        """Every concept's Gaussian; one that no image has gets that of all images."""
+        """Every concept's Gaussian, from what all processes saw; one that no image has gets that of all images."""
+        self.images, self.places = summed(self.images), summed(self.places)
+        self.total, self.products = summed(self.total), summed(self.products)
         mean, common = gaussian(self.total.sum(0), self.products.sum(0), self.places.sum())
         common.diagonal().add_(FLOOR * common.diagonal().mean())
         for k, images in enumerate(self.images.tolist()):

@@ -14,6 +14,7 @@ from models.decision import Calibrated, Decision, Verdict, scoring_of
 from models.scorer import ScoreMaps, Scorer, Units, image_scores
 from models.vqflow import VQFlow, VQFlowOutput
 from utils.run.device import autocast
+from utils.run.distributed import interleaved, summed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +60,19 @@ class Detector(nn.Module):
     def calibrate(self, batches: Iterable[Sequence[Tensor]], *, own: bool = True) -> float:
         """Learn from batches of kept features of normal images, unseen ones at best, what opinions are usual.
 
-        Without `own` they are images that the memory holds, which they must not meet in it.
+        Without `own` they are images that the memory holds, which they must not meet in it. Of several processes each
+        passes its share.
 
         Returns their mean negative log-likelihood per dimension, in nats, without the constant 1/2 ln(2 pi).
         """
         units, nll = Units(len(self.scorer.weights)), []
         for kept, output in self._looked_at(batches):
             units.add(self.scorer.raw_opinions(output, self.flow.standardize(kept), own=own))
-            nll.append(output.nll_per_dim)
+            nll.append(output.nll_per_dim.tolist())
+        units.images = int(summed(torch.tensor(units.images)))
+        units.sums, units.squares, units.counts = map(summed, (units.sums, units.squares, units.counts))
         self.scorer.set_units(units)
-        return float(torch.cat(nll).mean())
+        return mean(interleaved(nll))
 
     def decide(self, judgement: Judgement, scores: Tensor) -> Verdict:
         """What follows from image scores (B,) of a batch; there must be a `decision`."""
@@ -88,27 +92,28 @@ class Detector(nn.Module):
         """
         was_training = self.training
         self.eval()
-        scores: list[float] = []
-        peaks: list[float] = []
-        concepts: list[int] = []
+        found: list[list[tuple[float, float, int]]] = []
         for kept in batches:
             judgement = self.judge(kept, own=own)
-            found = image_scores(getattr(judgement.maps, config.image_score), config.top_k)
+            scores = image_scores(getattr(judgement.maps, config.image_score), config.top_k).tolist()
+            peaks = getattr(judgement.maps, config.shown_score).amax((1, 2)).tolist()
             concept = judgement.output.concept
-            scores += found.tolist()
-            peaks += getattr(judgement.maps, config.shown_score).amax((1, 2)).tolist()
-            concepts += [-1] * len(found) if concept is None else concept.tolist()
+            concepts = [-1] * len(scores) if concept is None else concept.tolist()
+            found.append(list(zip(scores, peaks, concepts, strict=True)))
         self.train(was_training)
+        rows = interleaved(found)
         calibrated = Calibrated(
-            scores=tuple(scores), peaks=tuple(peaks), concepts=tuple(concepts), unseen=unseen,
+            scores=tuple(s for s, _, _ in rows), peaks=tuple(p for _, p, _ in rows),
+            concepts=tuple(c for _, _, c in rows), unseen=unseen,
             scoring=scoring_of(config, self.size),
         )  # fmt: skip
-        self.decision = Decision(calibrated, config.false_alarm_rate).to(self.scorer.mean.device) if scores else None
+        self.decision = Decision(calibrated, config.false_alarm_rate).to(self.scorer.mean.device) if rows else None
 
     @torch.no_grad()
     def nll_per_dim(self, batches: Iterable[Sequence[Tensor]]) -> float:
         """Mean negative log-likelihood per dimension of images, as `calibrate` returns it: in eval mode, no noise."""
-        return float(torch.cat([output.nll_per_dim for _, output in self._looked_at(batches)]).mean())
+        nll = [output.nll_per_dim.tolist() for _, output in self._looked_at(batches)]
+        return mean(interleaved(nll))
 
     def _looked_at(self, batches: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Sequence[Tensor], VQFlowOutput]]:
         """Each batch with the flow's output in eval mode; afterwards the mode is as it was."""
@@ -119,3 +124,8 @@ class Detector(nn.Module):
                 output = self.flow(kept)
             yield kept, output
         self.train(was_training)
+
+
+def mean(values: Sequence[float]) -> float:
+    """In double precision."""
+    return float(torch.tensor(values, dtype=torch.float64).mean())

@@ -14,6 +14,7 @@ from models.flow import LevelFlow
 from models.fusion import FusionFlow
 from models.hierarchy import LEVELS, Hierarchy, Quantization
 from models.prior import MixedGaussian
+from utils.run.distributed import normal_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ class VQFlow(nn.Module):
         """Kept levels -> `VQFlowOutput`; `noise` is the deviation of Gaussian noise added to standardized features."""
         features = self.standardize(self.pool(kept))
         if noise:
-            features = [h + noise * torch.randn_like(h) for h in features]
+            features = [h + noise * normal_like(h) for h in features]
         conditions = self.hierarchy(features)
         latents, local = [], []
         for level, flow in enumerate(self.level_flows):

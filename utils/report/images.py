@@ -46,6 +46,11 @@ class ImageResult:
     defective: bool | None = None
     high: float | None = None
 
+    @property
+    def group(self) -> Hashable:
+        """What an album tells apart: see `Album`."""
+        return self.class_name, self.label, self.hit
+
     def within(self, normal: NormalRange) -> ImageResult:
         """With the limits of its class, unless it has the checkpoint's."""
         if self.threshold is not None:
@@ -121,6 +126,19 @@ class Album:
             _, left_out = row.pop(PER_KIND)
             if left_out not in self.wanted:
                 del self.maps[left_out]
+
+
+def joined_albums(
+    images: Sequence[ImageResult], albums: Sequence[Mapping[int, NDArray]], wanted: Collection[int]
+) -> dict[int, NDArray]:
+    """The maps that one album of all `images` would have kept, from albums of parts of them; none from none."""
+    if len(albums) == 1:
+        return dict(albums[0])
+    album = Album(wanted)
+    for number, heat in sorted((pair for maps in albums for pair in maps.items()), key=lambda pair: pair[0]):
+        image = images[number]
+        album.add(number, image.group, image.score, heat)
+    return album.maps
 
 
 def first_of_each(keys: Sequence[Hashable], most: int) -> list[int]:

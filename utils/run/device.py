@@ -9,10 +9,13 @@ from contextlib import AbstractContextManager
 import torch
 
 from default import UsageError
+from utils.run.distributed import launched, local_rank
 
 
 def resolve_device(name: str) -> torch.device:
     """The device for `--device`; auto prefers CUDA, then MPS, then the CPU. cuda:1 becomes CUDA's current device.
+
+    Of several processes on a machine each has a GPU of its own.
 
     Raises:
         UsageError: the device that was asked for is not there.
@@ -20,6 +23,8 @@ def resolve_device(name: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, present in there.items() if present)
+    if name == "cuda" and launched():
+        name = f"cuda:{local_rank()}"
     device, cards = torch.device(name), torch.cuda.device_count()
     if not there[device.type] or (device.index or 0) >= max(cards, 1):
         names = [kind for kind, present in there.items() if present] + [f"cuda:{n}" for n in range(cards)]
