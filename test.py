@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from datasets import are_unseen, build_datasets, present_classes, resolve_classes, split_holdout
+from datasets import are_unseen, build_datasets, present_classes, protocols, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
+from datasets.folder import Protocol
 from default import Config, EvalConfig, UsageError
 from models.decision import Verdict
 from models.detector import Detector
@@ -38,10 +40,12 @@ def evaluate(
     config: EvalConfig,
     *,
     wanted: Collection[int] = (),
+    extra: Mapping[str, Protocol] = MappingProxyType({}),
 ) -> EvalResult:
     """Score every image of `batches`, whose masks have the detector's size, and compute each class's metrics.
 
     The detector is put into eval mode, and back as it was. Shown maps are kept of the `wanted` images in any case.
+    `extra`: by class, metrics of the data set's own.
     """
     was_training = detector.training
     detector.eval()
@@ -57,6 +61,10 @@ def evaluate(
                 labels=batch.label[own], scores=scores[own], masks=batch.mask[own],
                 maps=getattr(maps, config.pixel_score)[own], pro_maps=getattr(maps, config.pro_score)[own],
             )  # fmt: skip
+            if protocol := extra.get(class_names[index]):
+                for row in own.tolist():
+                    heat = getattr(maps, config.pro_score)[row]
+                    protocol.add(batch.path[row], int(batch.label[row]), float(scores[row]), heat)
         verdict = None if detector.decision is None else detector.decide(judgement, scores)
         shown = getattr(maps, config.shown_score)
         found = image_results(batch, class_names, scores, shown, judgement.output.concept, verdict)
@@ -69,6 +77,7 @@ def evaluate(
         classes=classes, mean=mean_results(classes), images=tuple(images), maps=album.maps,
         curves={name: curves_of(accumulator) for name, accumulator in accumulators.items()},
         decided=decided_by(detector, images, config.false_alarm_rate),
+        extra={name: protocol.results() for name, protocol in extra.items()},
     )  # fmt: skip
 
 
@@ -156,6 +165,7 @@ def finish(
         evaluated=evaluated,
         decided=decided if evaluated else None,
         unseen=unseen,
+        extra={name: metrics for part in parts for name, metrics in part.extra.items()},
     )
     lines = [write_results(folder, results), f"run folder: {folder}"]
     if pages:
@@ -201,8 +211,9 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         detector = load_detector(content, stage, str(path))
         source = stage.ordered_features(test)
         batches = progress(source.epoch(0), total=len(source), text="evaluation")
+        extra = protocols(own.data, class_names, test.items)
         with stage.reading():
-            parts.append(evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval)))
+            parts.append(evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), extra=extra))
         folder = folder or new_run(own)
         write_scores(folder, (image for part in parts for image in part.images))
         sets = (*split_holdout(train, own.data.holdout), test)

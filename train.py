@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets import are_unseen, build_datasets, resolve_classes, split_holdout
+from datasets import are_unseen, build_datasets, protocols, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from datasets.reading import Reading
@@ -313,7 +313,8 @@ def fit_group(
         if test_source is None:
             return evaluate(detector, (), group, config.eval)
         batches = progress(test_source.epoch(0), total=len(test_source), text="evaluation")
-        return evaluate(detector, batches, group, config.eval, wanted=wanted)
+        extra = protocols(config.data, group, test_set.items)
+        return evaluate(detector, batches, group, config.eval, wanted=wanted, extra=extra)
 
     supply = supply_of(stage, source, training, normal if are_unseen(training, normal) else None)
     own = identity(stage, group, training.readings)
