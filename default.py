@@ -431,13 +431,16 @@ class PredictConfig(Part):
 class RunConfig(Part):
     """Where and on what the program runs."""
 
-    mode: str = option("train", "what to do", binds="free", choices=("train", "test", "predict", "table", "export"))
+    mode: str = option(
+        "train", "what to do", binds="free", choices=("train", "test", "predict", "table", "export", "inspect")
+    )
     paths: tuple[str, ...] = option(
         (),
         "run folders that --mode table gathers into one table; images and folders of them that --mode predict judges, "
         "- for a list of them on standard input",
         binds="free",
     )
+    json: bool = option(False, "print what --mode inspect finds as JSON", binds="free")
     precision: tuple[str, ...] = option(
         ("float32",),
         "what --mode export writes, a file each: as trained, products in half precision, or the extractor's in 8-bit "

@@ -52,6 +52,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "fail_on": _PREDICTING,
     "watch": _PREDICTING,
     "precision": (lambda c: c.run.mode == "export", "does nothing without --mode export; add that, or leave it out"),
+    "json": (lambda c: c.run.mode == "inspect", "does nothing without --mode inspect; leave it out"),
     "resume": _TRAINING,
     "tensorboard": _TRAINING,
     "wandb_enable": _TRAINING,
@@ -180,6 +181,10 @@ def run(argv: Sequence[str]) -> int:
         from utils.report.gather import gather_runs
 
         print(gather_runs(config))
+    elif config.run.mode == "inspect":
+        from inspect_data import run_inspect
+
+        return run_inspect(config)
     elif config.run.mode == "predict":
         from predict import run_predict
 

@@ -213,7 +213,9 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         batches = progress(source.epoch(0), total=len(source), text="evaluation")
         extra = protocols(own.data, class_names, test.items)
         with stage.reading():
-            parts.append(evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), extra=extra))
+            parts.append(
+                evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), extra=extra)
+            )
         folder = folder or new_run(own)
         write_scores(folder, (image for part in parts for image in part.images))
         sets = (*split_holdout(train, own.data.holdout), test)

@@ -80,8 +80,8 @@ def resolve_classes(data: DataConfig) -> tuple[str, ...]:
     asked = known if "all" in data.class_names else tuple(name for name in known if name in data.class_names)
     if spec.overlapping and data.multi_class and len(asked) > 1:
         raise UsageError(
-            f"--multi-class: {', '.join(asked)} of {spec.title} are splits of the same images, and a model of one would "
-            "be trained on the other's test images; leave it out, or choose one with --class-names"
+            f"--multi-class: {', '.join(asked)} of {spec.title} are splits of the same images, and a model of one "
+            "would be trained on the other's test images; leave it out, or choose one with --class-names"
         )
     return asked
 

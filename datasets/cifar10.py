@@ -62,7 +62,9 @@ def loads(content: bytes, name: str) -> dict[str, Any]:
         found = PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
         return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in found.items()}
     except Exception as error:  # a damaged pickle raises anything
-        raise UsageError(f"{name}: cannot be read as a part of CIFAR-10 ({str(error) or type(error).__name__})") from error
+        raise UsageError(
+            f"{name}: cannot be read as a part of CIFAR-10 ({str(error) or type(error).__name__})"
+        ) from error
 
 
 def read_files(root: Path) -> dict[str, bytes]:
@@ -107,8 +109,9 @@ def images_of(content: bytes, name: str) -> Iterator[tuple[np.ndarray, int]]:
         UsageError: it holds something else.
     """
     batch = loads(content, name)
-    data, labels = batch.get("data"), batch.get("labels")
-    good = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3 * SIDE**2
+    data: Any = batch.get("data")
+    labels = batch.get("labels")
+    good = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape[1:] == (3 * SIDE**2,)
     if not good or not isinstance(labels, list) or len(labels) != len(data) or not set(labels) <= set(range(10)):
         raise UsageError(f"{name}: expected data (N, {3 * SIDE**2}) uint8 and N labels from 0 to 9")
     yield from zip(data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1), labels, strict=True)
@@ -157,9 +160,13 @@ def scan_group(folder: Path, class_index: int, good_names: Sequence[str]) -> Sca
     parts = {
         part: [
             Item(
-                path=path, mask_path=None, label=int(number_of(kind) not in normal), class_index=class_index,
-                kind=kind.name, name=path.stem,
-            )  # fmt: skip
+                path=path,
+                mask_path=None,
+                label=int(number_of(kind) not in normal),
+                class_index=class_index,
+                kind=kind.name,
+                name=path.stem,
+            )
             for kind in subfolders(root / part)
             for path in image_files(kind)
         ]

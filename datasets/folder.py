@@ -22,9 +22,9 @@ GOOD = "good"
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """An image file: its mask (None: no defect, or none drawn; a folder: all in it together), label (1 defective), class, kind of defect, and its
-    name within the kind without suffix (cam1/000 where images lie in nested folders). `held_out`: a normal image that
-    the data set itself keeps out of training."""
+    """An image file: its mask (None: no defect, or none drawn; a folder: all in it together), label (1 defective),
+    class, kind of defect, and its name within the kind without suffix (cam1/000 where images lie in nested folders).
+    `held_out`: a normal image that the data set itself keeps out of training."""
 
     path: Path
     mask_path: Path | None

@@ -39,7 +39,9 @@ def scan_second(folder: Path, class_index: int, good_names: Sequence[str]) -> Sc
 
 
 def scan_fold(folder: Path, class_index: int, good_names: Sequence[str]) -> Scan:
-    """One of three folds: the images of every third part kos01 ... kos50 are tested, the others' normal ones trained on.
+    """One of three folds: every third part of kos01 ... kos50 is tested, the others' normal images are trained on.
+
+    The official folds are of parts, too, but their lists are pickles, which are not read.
 
     Raises:
         UsageError: parts, images or masks are missing.
@@ -67,9 +69,13 @@ def labelled(pairs: Sequence[tuple[Path, Path]], class_index: int, part: str = "
     bad = in_threads(lambda pair: bool(read_marks(pair[1]).any()), pairs)
     return [
         Item(
-            path=path, mask_path=mask if is_bad else None, label=int(is_bad), class_index=class_index,
-            kind=BAD if is_bad else GOOD, name=f"{part}_{path.stem}" if part else path.stem,
-        )  # fmt: skip
+            path=path,
+            mask_path=mask if is_bad else None,
+            label=int(is_bad),
+            class_index=class_index,
+            kind=BAD if is_bad else GOOD,
+            name=f"{part}_{path.stem}" if part else path.stem,
+        )
         for (path, mask), is_bad in zip(pairs, bad, strict=True)
     ]
 
@@ -116,6 +122,6 @@ SECOND = DatasetSpec(
     counts={"ksdd2": Counts(train=2085, good=894, bad=110)},
     layout="train/10000.png, train/10000_GT.png and so in test",
     licence="CC BY-NC-SA 4.0",
-    citation="Bozic et al., Mixed supervision for surface-defect detection, Computers in Industry 2021, arXiv 2104.06064",
+    citation="Bozic et al., Mixed supervision for surface-defect detection, 2021, arXiv 2104.06064",
     hint="; unpack KolektorSDD2 there (https://www.vicos.si/resources/kolektorsdd2)",
 )

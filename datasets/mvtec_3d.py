@@ -51,9 +51,13 @@ def items_of(part: Path, class_index: int, good_names: Sequence[str]) -> list[It
                 raise UsageError(f"{path}: no mask at {mask}")
             found.append(
                 Item(
-                    path=path, mask_path=mask, label=int(not good), class_index=class_index, kind=kind.name,
+                    path=path,
+                    mask_path=mask,
+                    label=int(not good),
+                    class_index=class_index,
+                    kind=kind.name,
                     name=path.stem,
-                )  # fmt: skip
+                )
             )
     return found
 

@@ -34,9 +34,7 @@ def scan_ad_2(folder: Path, class_index: int, good_names: Sequence[str]) -> Scan
     Raises:
         UsageError: images or masks are missing.
     """
-    return scan_mvtec(
-        folder, class_index, good_names, test_name="test_public", truth_name="test_public/ground_truth"
-    )
+    return scan_mvtec(folder, class_index, good_names, test_name="test_public", truth_name="test_public/ground_truth")
 
 
 SPEC = DatasetSpec(

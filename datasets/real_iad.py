@@ -49,7 +49,9 @@ def scan_real_iad(folder: Path, class_index: int, good_names: Sequence[str]) -> 
     split = split_of(root, name)
     images = next((root / place for place in IMAGES if (root / place / name).is_dir()), None)
     if split is None or images is None:
-        raise UsageError(f"--data-path: {root} lacks {name}.json in {SPLITS[0]}, or {name} in one of {', '.join(IMAGES)}")
+        raise UsageError(
+            f"--data-path: {root} lacks {name}.json in {SPLITS[0]}, or {name} in one of {', '.join(IMAGES)}"
+        )
     try:
         content = json.loads(split.read_text(encoding="utf-8"))
         normal = str(content["meta"]["normal_class"])

@@ -51,7 +51,9 @@ def read_config(path: Path) -> dict[int, Saturation]:
     except FileNotFoundError as error:
         raise UsageError(f"--data-path: no such file: {path} (saturations of the regions)") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: expected a list of pixel_value, saturation_threshold, relative_saturation") from error
+        raise UsageError(
+            f"{path}: expected a list of pixel_value, saturation_threshold, relative_saturation"
+        ) from error
 
 
 class SproProtocol:

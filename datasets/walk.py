@@ -167,7 +167,8 @@ def scan_mvtec(
             test.append(made_item(p, kind, mask, int(not good), class_index))
     if not test and not masks_optional:
         raise UsageError(
-            f"--data-path: {folder} lacks images in {test_name} ({test_name}/{GOOD} and one folder for each kind of defect)"
+            f"--data-path: {folder} lacks images in {test_name} "
+            f"({test_name}/{GOOD} and one folder for each kind of defect)"
         )
     return Scan(train=train, test=test, ignored=unused(folder, [*train, *test]))
 

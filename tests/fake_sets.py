@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+
 from fake_data import picture, save
 
 RNG = np.random.default_rng(5)
@@ -69,7 +70,10 @@ def make_ad_2(root: Path, classes: tuple[str, ...] = ("can", "vial")) -> Path:
             public = root / name / "test_public"
             for light in ("regular", "overexposed"):
                 good(public / "good" / f"{i:03d}_{light}.png")
-                bad(public / "bad" / f"{i:03d}_{light}.png", public / "ground_truth" / "bad" / f"{i:03d}_{light}_mask.png")
+                bad(
+                    public / "bad" / f"{i:03d}_{light}.png",
+                    public / "ground_truth" / "bad" / f"{i:03d}_{light}_mask.png",
+                )
             good(root / name / "test_private" / f"{i:03d}_regular.png", size=48)
             good(root / name / "test_private_mixed" / f"{i:03d}_mixed.png")
     return root

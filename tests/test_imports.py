@@ -1,6 +1,7 @@
 """Imports go one way.
 
-default <- utils <- datasets, models <- stage <- supply, show <- test, export, detector <- train, predict <- main.
+default <- utils <- datasets, models <- stage <- supply, show <- test, export, detector <- train, predict <- main;
+datasets <- inspect_data <- main.
 """
 
 import ast
@@ -22,7 +23,20 @@ MAY_IMPORT = {
     "export": {"default", "utils", "datasets", "models", "stage"},
     "detector": {"default", "utils", "datasets", "models", "stage"},
     "predict": {"default", "utils", "datasets", "models", "stage", "detector"},
-    "main": {"default", "utils", "datasets", "models", "stage", "show", "test", "train", "export", "predict"},
+    "inspect_data": {"default", "utils", "datasets"},
+    "main": {
+        "default",
+        "utils",
+        "datasets",
+        "models",
+        "stage",
+        "show",
+        "test",
+        "train",
+        "export",
+        "predict",
+        "inspect_data",
+    },
 }
 FILES = sorted(
     p

@@ -1,4 +1,4 @@
-"""Metrics that single data sets ask for: sPRO against a slow reimplementation, AUROC over samples, and where they go."""
+"""Metrics that single data sets ask for: sPRO against a slow reimplementation, AUROC over samples, their tables."""
 
 import json
 from pathlib import Path

@@ -100,7 +100,7 @@ def test_a_missing_mask_is_named(dataset: str, tmp_path: Path) -> None:
     assert item.mask_path is not None
     for path in [*item.mask_path.glob("*.png")] if item.mask_path.is_dir() else [item.mask_path]:
         path.unlink()
-    with pytest.raises(UsageError, match="no masks? |which is missing") as caught:
+    with pytest.raises(UsageError, match=r"no masks? |which is missing") as caught:
         load(dataset, tmp_path, *names[:1])
     assert item.path.name in str(caught.value) or item.mask_path.name in str(caught.value)
 
@@ -255,7 +255,7 @@ def test_no_code_of_a_file_is_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"data_batch_3: cannot be read as a part of CIFAR-10 \(it asks for"):
         load("cifar10", tmp_path, "01234")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "cifar-10-png").exists()
-    with pytest.raises(UsageError, match="builtins.eval"):
+    with pytest.raises(UsageError, match=r"builtins\.eval"):
         loads(b"cbuiltins\neval\n(S'1'\ntR.", "x")
 
 

@@ -1,7 +1,7 @@
 """AU-sPRO, the saturated per-region overlap of MVTec LOCO AD (Bergmann et al., IJCV 130, 2022, section 4).
 
-A region A of saturation s is found to min(|found pixels of A| / s, 1): where a defect may be marked in several places, s
-pixels of it are enough. The mean over all regions is integrated over the false-positive rate, of all pixels that no
+A region A of saturation s is found to min(|found pixels of A| / s, 1): where a defect may be marked in several places,
+s pixels of it are enough. The mean over all regions is integrated over the false-positive rate, of all pixels that no
 region holds, from 0 to a limit, and divided by the limit. At any threshold the found pixels of a region are its
 highest, so that s of them weigh 1 / s each and the rest nothing.
 """
@@ -47,7 +47,7 @@ class SproAccumulator:
 
     def _add_region(self, values: Tensor, saturated: int) -> None:
         masses = torch.ones(len(values), 2, dtype=torch.float64)
-        masses[:, 1] = (torch.arange(len(values)) < saturated) / saturated
+        masses[:, 1] = (torch.arange(len(values)) < saturated).double() / saturated
         self.found.add(values.sort(descending=True).values, masses)
         self.regions += 1
 
