@@ -36,7 +36,7 @@ GOOD_NAMES = (
 SCORES = ("mul", "add", "likelihood", "surprise", "contrast")
 ABSOLUTE = ("likelihood", "surprise", "contrast")  # scores by which images can be compared
 CALIBRATED = ("surprise", "contrast")  # scores in units of what normal images have
-JUDGING = ("test", "predict", "export")  # modes that need a checkpoint
+JUDGING = ("test", "predict", "export", "submit")  # modes that need a checkpoint
 PRECISIONS = ("float32", "float16", "int8")  # of ONNX files
 
 
@@ -404,7 +404,7 @@ class PredictConfig(Part):
     output: str | None = option(
         None,
         "folder for what is predicted; what an earlier prediction left there is kept, and its images are not judged "
-        "again (default: predict, predict-2, ... beside the checkpoint)",
+        "again (default: predict, predict-2, ... beside the checkpoint); of --mode submit, an empty one",
         binds="free",
     )
     overlays: bool = option(
@@ -432,7 +432,10 @@ class RunConfig(Part):
     """Where and on what the program runs."""
 
     mode: str = option(
-        "train", "what to do", binds="free", choices=("train", "test", "predict", "table", "export", "inspect")
+        "train",
+        "what to do",
+        binds="free",
+        choices=("train", "test", "predict", "table", "export", "inspect", "submit"),
     )
     paths: tuple[str, ...] = option(
         (),

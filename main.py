@@ -46,7 +46,10 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
         lambda c: c.run.mode in JUDGING,
         "does nothing in --mode train; to go on with a run, use --resume",
     ),
-    "output": _PREDICTING,
+    "output": (
+        lambda c: c.run.mode in ("predict", "submit"),
+        "does nothing without --mode predict or submit; leave it out",
+    ),
     "save_maps": _PREDICTING,
     "save_masks": _PREDICTING,
     "fail_on": _PREDICTING,
@@ -189,6 +192,10 @@ def run(argv: Sequence[str]) -> int:
         from predict import run_predict
 
         return run_predict(config, chosen)
+    elif config.run.mode == "submit":
+        from submit import run_submit
+
+        run_submit(config, chosen)
     elif config.run.mode == "export":
         from export import run_export
 

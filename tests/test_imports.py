@@ -1,7 +1,7 @@
 """Imports go one way.
 
 default <- utils <- datasets, models <- stage <- supply, show <- test, export, detector <- train, predict <- main;
-datasets <- inspect_data <- main.
+datasets <- inspect_data <- main; detector <- submit <- main.
 """
 
 import ast
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "detector": {"default", "utils", "datasets", "models", "stage"},
     "predict": {"default", "utils", "datasets", "models", "stage", "detector"},
     "inspect_data": {"default", "utils", "datasets"},
+    "submit": {"default", "utils", "datasets", "models", "stage", "detector"},
     "main": {
         "default",
         "utils",
@@ -36,6 +37,7 @@ MAY_IMPORT = {
         "export",
         "predict",
         "inspect_data",
+        "submit",
     },
 }
 FILES = sorted(

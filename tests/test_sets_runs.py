@@ -45,7 +45,16 @@ def test_loco_measures_as_its_paper(tmp_path: Path, capsys: pytest.CaptureFixtur
     for row in extra["classes"].values():
         assert {"AU-sPRO@0.05", "AU-sPRO@0.05 logical", "AU-sPRO@0.05 structural", "I-AUROC mean"} <= row.keys()
         assert all(math.isfinite(value) and 0 <= value <= 1 for value in row.values())
-    again = ["--mode", "test", "--eval_ckpt", str(folder), "--data-path", str(root), "--work-dir", str(tmp_path / "new")]
+    again = [
+        "--mode",
+        "test",
+        "--eval_ckpt",
+        str(folder),
+        "--data-path",
+        str(root),
+        "--work-dir",
+        str(tmp_path / "new"),
+    ]
     assert main([*again, "--device", "cpu", "--no-report"]) == 0
     tested = results(tmp_path / "new")[0]["extra"]
     assert tested["mean"] == pytest.approx(extra["mean"], abs=1e-6)
