@@ -19,7 +19,7 @@ from datasets import SPECS, resolve_classes, resolve_root, scan_classes
 from datasets.checks import check_item, check_shared
 from datasets.decode import read_pixels
 from datasets.duplicates import equal, near
-from datasets.folder import Item
+from datasets.folder import DatasetSpec, Item
 from datasets.masks import mask_files, read_marks
 from datasets.pixels import Pixels, read_header
 from datasets.reading import Reading, decide
@@ -74,21 +74,27 @@ def run_inspect(config: Config) -> int:
         UsageError: no such folder or class.
     """
     data = config.data
-    hashes = image_hashes()
+    spec, hashes = SPECS[data.dataset], image_hashes()
     quiet = contextlib.redirect_stdout(sys.stderr) if config.run.json else contextlib.nullcontext()
     with quiet:
         names = resolve_classes(replace(data, multi_class=False))  # which no model is trained on together here
         found = [inspect_class(data, name, hashes) for name in names]
-    wrong = sum(len(facts.wrong) for facts in found)
+    whole = total_faults(found, spec)
+    wrong = len(whole) + sum(len(facts.wrong) for facts in found)
     if config.run.json:
         content = {
-            "dataset": data.dataset, "root": str(resolve_root(data)), "classes": [asdict(f) for f in found],
+            "dataset": data.dataset, "licence": spec.licence, "citation": spec.citation,
+            "root": str(resolve_root(data)), "classes": [asdict(f) for f in found], "total": whole,
             "near_duplicates_looked_for": hashes is not None, "wrong": wrong,
         }  # fmt: skip
         print(json.dumps(content, indent=2))
         return int(wrong > 0)
+    if spec.citation:
+        print(printable(f"{spec.title}: {spec.citation}; licence: {spec.licence}"))
     for facts in found:
         print(printable("\n".join(lines_of(facts))))
+    for line in whole:
+        print(f"wrong: all classes together: {line}")
     if hashes is None:
         print(NO_HASHES)
     print(f"{len(found)} classes: {'nothing is wrong' if not wrong else f'{wrong} things are wrong'}")
@@ -198,6 +204,14 @@ def count_faults(found: dict[str, int], official: dict[str, int] | None) -> list
         for n in words
         if official is not None and found[n] != official[n]
     ]
+
+
+def total_faults(found: Sequence[ClassFacts], spec: DatasetSpec) -> list[str]:
+    """Where the numbers of all classes together differ from the official ones; nothing of some of the classes."""
+    if spec.total is None or len(found) != len(spec.classes or ()):
+        return []
+    official = asdict(spec.total)
+    return count_faults({name: sum(facts.counts.get(name, 0) for facts in found) for name in official}, official)
 
 
 def check_faults(items: Sequence[Item], data: DataConfig) -> list[str]:

@@ -137,6 +137,8 @@ def build_datasets(
         check_items([*parts[0], *parts[1]], reading, checked)
         train += parts[0]
         test += parts[1]
+    for protocol in protocols(data, class_names, test).values():
+        protocol.check()
     made = ImageFolder(train, data.input_size, None, settled, data.max_pixels)
     return made, made.having(test, mask_size)
 

@@ -113,6 +113,9 @@ class Counts:
 class Protocol(TypingProtocol):
     """Metrics of one data set beside the seven, gathered while an evaluation passes the images of a class."""
 
+    def check(self) -> None:
+        """Raise `UsageError` for what `add` could not measure; called before anything is trained."""
+
     def add(self, path: str, label: int, score: float, heat: Tensor) -> None:
         """An image with its score and score map (M, M)."""
 
@@ -132,6 +135,7 @@ class DatasetSpec:
         layout: what a copy looks like, said when one does not.
         licence, citation: of the data.
         counts: of the official copy, by class.
+        total: of all classes together, where that alone is published.
         inner: folders that the archive unpacks into, looked for below the given one.
         prepare: makes of the root what `scan` reads; does nothing the second time.
         found: root -> the classes there, where they are not folders in it.
@@ -149,6 +153,7 @@ class DatasetSpec:
     licence: str = ""
     citation: str = ""
     counts: Mapping[str, Counts] = field(default_factory=dict)
+    total: Counts | None = None
     inner: tuple[str, ...] = ()
     prepare: Callable[[Path], None] | None = None
     found: Callable[[Path], Sequence[str]] | None = None

@@ -106,6 +106,7 @@ FIRST = DatasetSpec(
     inner=("KolektorSDD",),
     scan=scan_fold,
     found=found_folds,
+    total=Counts(train=2 * 347, good=347, bad=52),  # each image is tested in one fold, each good one trained on in two
     overlapping=True,
     layout="kos01/Part0.jpg, kos01/Part0_label.bmp, ... kos50",
     licence="CC BY-NC-SA 4.0",

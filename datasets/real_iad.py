@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from datasets.folder import GOOD, DatasetSpec, Item, Scan
+from datasets.folder import GOOD, Counts, DatasetSpec, Item, Scan
 from datasets.saturation import auroc_of
 from default import UsageError
 
@@ -96,6 +96,9 @@ class SampleProtocol:
     def of(cls, items: Sequence[Item]) -> SampleProtocol:
         return cls()
 
+    def check(self) -> None:
+        pass
+
     def add(self, path: str, label: int, score: float, heat: Tensor) -> None:
         match = SAMPLE.search(Path(path).name)
         key = match[1] if match else Path(path).stem
@@ -113,6 +116,7 @@ SPEC = DatasetSpec(
     places=("data/Real-IAD", "data/realiad"),
     scan=scan_real_iad,
     found=found,
+    total=Counts(train=36465, good=63256, bad=51329),
     protocol=SampleProtocol.of,
     layout="realiad_jsons/CLASS.json and realiad_1024/CLASS (or _512, _256, _raw)",
     licence="CC BY-NC-SA 4.0",

@@ -20,6 +20,7 @@ from default import UsageError
 from utils.metrics import NAN, nanmean
 from utils.metrics.seven import auroc, ranked
 from utils.metrics.spro import SproAccumulator, saturation
+from utils.run.threads import in_threads
 
 CONFIG = "defects_config.json"
 LIMIT, LIMITS = 0.05, (0.01, 0.05, 0.1, 0.3, 1.0)  # the headline's, and all that the official program writes
@@ -79,6 +80,10 @@ class SproProtocol:
         path = items[0].path.parents[2] / CONFIG if items else None
         return cls(items, read_config(path)) if path is not None and path.is_file() else None
 
+    def check(self) -> None:
+        """Raise `UsageError` for a mask of another size than its image, or with values that are not told of."""
+        in_threads(self.regions_of, list(self.items.values()))
+
     def add(self, path: str, label: int, score: float, heat: Tensor) -> None:
         item = self.items[path]
         regions = self.regions_of(item)
@@ -93,18 +98,24 @@ class SproProtocol:
             area.add(large)
 
     def regions_of(self, item: Item) -> list[tuple[Tensor, int]]:
-        """Masks and saturations of an image's regions, one of each file.
+        """Masks (H, W) and saturations of an image's regions, one of each file that marks something.
 
         Raises:
-            UsageError: a mask without any pixel, with several values, or with one that the data set does not tell of.
+            UsageError: a mask of another size than the image, with several values, or with one that the data set does
+                not tell of.
         """
+        width, height = read_header(item.path).size
         found = []
         for path in mask_files(item.mask_path) if item.mask_path else ():
             values = level(path)
             kinds = np.unique(values[values > 0])
-            if len(kinds) != 1 or int(kinds[0]) not in self.saturations:
+            if values.shape != (height, width):
+                raise UsageError(f"{path}: has another size than its image, {item.path}")
+            if not len(kinds):
+                continue
+            if len(kinds) > 1 or int(kinds[0]) not in self.saturations:
                 known = ", ".join(map(str, self.saturations))
-                shown = " ".join(map(str, kinds)) or "none"
+                shown = " ".join(map(str, kinds))
                 raise UsageError(f"{path}: expected pixels of one value out of {known} ({CONFIG}), but got {shown}")
             mask, kind = torch.from_numpy(values > 0), self.saturations[int(kinds[0])]
             found.append((mask, saturation(int(mask.sum()), kind.threshold, relative=kind.relative)))

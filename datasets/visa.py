@@ -109,7 +109,11 @@ FEWSHOT, HIGHSHOT = (
         places=("data/VisA",),
         scan=partial(scan_split, split=SPLITS / f"2cls_{name}.csv"),
         counts={},
+        total=total,
         layout=f"CLASS/Data/{{Images,Masks}} and split_csv/2cls_{name}.csv",
     )
-    for name in ("fewshot", "highshot")
+    for name, total in (
+        ("fewshot", Counts(train=1924, good=7697, bad=960)),
+        ("highshot", Counts(train=5773, good=3848, bad=480)),
+    )
 )

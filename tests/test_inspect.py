@@ -13,7 +13,7 @@ from skimage.data import coins
 
 from datasets.duplicates import equal, near
 from fake_data import make_mvtec, png16, save
-from fake_sets import make_btad, make_cifar, make_loco, make_mpdd
+from fake_sets import make_btad, make_cifar, make_kolektor, make_loco, make_mpdd
 from main import main
 
 
@@ -101,6 +101,7 @@ def test_masks_that_cannot_be_right(root: Path, capsys: pytest.CaptureFixture[st
 def test_official_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = inspected(capsys, make_mpdd(tmp_path), "--class-names", "tubes", "metal_plate", dataset="mpdd")
     plate, tubes = found["classes"]
+    assert (found["licence"], "ICUMT 2021" in found["citation"]) == ("CC BY-NC-SA 4.0", True)
     assert tubes["official"] == {"train": 122, "good": 32, "bad": 69, "held_out": 0}
     assert tubes["wrong"] == [
         "3 training images, but the official copy has 122 (-119)",
@@ -108,6 +109,15 @@ def test_official_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "3 defective test images, but the official copy has 69 (-66)",
     ]
     assert plate["wrong"][0].startswith("--data-path: no folder of the class 'metal_plate'")
+
+
+def test_official_counts_of_all_classes_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = inspected(capsys, make_kolektor(tmp_path), dataset="kolektorsdd")
+    assert found["wrong"] == 3 and all(not facts["wrong"] for facts in found["classes"])
+    assert found["total"][2] == "6 defective test images, but the official copy has 52 (-46)"
+    assert inspected(capsys, tmp_path, "--class-names", "fold1", dataset="kolektorsdd")["wrong"] == 0
+    main(["--mode", "inspect", "--dataset", "kolektorsdd", "--data-path", str(tmp_path)])
+    assert "wrong: all classes together: 36 training images, but" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

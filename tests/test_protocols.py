@@ -15,6 +15,7 @@ from datasets.folder import Item
 from datasets.real_iad import SampleProtocol
 from datasets.saturation import LIMITS, SproProtocol
 from default import DataConfig, UsageError, make_config
+from fake_data import save
 from fake_sets import make_autovi, make_loco
 from utils.metrics import ClassResult
 from utils.metrics.spro import SproAccumulator, saturation
@@ -135,12 +136,21 @@ def test_loco_saturates_as_the_file_says(tmp_path: Path) -> None:
 def test_loco_without_its_saturations_or_with_strange_masks(tmp_path: Path) -> None:
     items, made = loco(tmp_path)
     config = tmp_path / "pushpins" / "defects_config.json"
-    rows = json.loads(config.read_text())
-    made = SproProtocol(items, {252: made.saturations[252]})
+    rows, saturations = json.loads(config.read_text()), made.saturations
+    made = SproProtocol(items, {252: saturations[252]})
     with pytest.raises(UsageError, match=r"000\.png: expected pixels of one value out of 252 .*, but got 251"):
-        made.regions_of(next(item for item in items if item.kind == "logical_anomalies"))
-    config.write_text(json.dumps([{"defect_name": row["defect_name"]} for row in rows]))
+        made.check()
+    path = tmp_path / "pushpins" / "ground_truth" / "structural_anomalies" / "001" / "001.png"
     data = DataConfig(dataset="mvtec-loco", data_path=str(tmp_path), input_size=32)
+    for size, value, message in ((64, 99, "got 99"), (20, 252, "has another size than")):
+        save(path, np.full((size, size), value, np.uint8), "L")
+        with pytest.raises(UsageError, match=rf"001\.png: .*{message}"):
+            build_datasets(data, ("pushpins",))
+    save(path, np.zeros((64, 64), np.uint8), "L")
+    build_datasets(data, ("pushpins",))
+    emptied = next(item for item in items if item.mask_path == path.parent)
+    assert len(SproProtocol(items, saturations).regions_of(emptied)) == 1, "a mask that marks nothing is no region"
+    config.write_text(json.dumps([{"defect_name": row["defect_name"]} for row in rows]))
     with pytest.raises(UsageError, match=r"defects_config\.json: expected a list of pixel_value"):
         build_datasets(data, ("pushpins",))
     config.unlink()
