@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from datasets.folder import GOOD, DatasetSpec, Item, Scan
+from datasets.masks import mask_files
 from default import UsageError
 
 # Pillow opens them, but they are documents, films, drawings, or stubs that need another program.
@@ -220,7 +221,8 @@ def made_item(path: Path, kind: Path, mask: Path | None, label: int, class_index
 
 def unused(folder: Path, items: Sequence[Item]) -> dict[str, int]:
     """How many files of a class are neither image nor mask of the items: others by suffix, images by their folder."""
-    used = {path for item in items for path in (item.path, item.mask_path)}
+    masks = {path for item in items if item.mask_path for path in mask_files(item.mask_path)}
+    used = masks | {item.path for item in items}
     left = Counter(sort_of(p, folder) for p in walk(folder) if p not in used)
     return dict(sorted(left.items(), key=lambda pair: (-pair[1], pair[0])))
 

@@ -50,6 +50,14 @@ TREES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], Counts]] = {
     "vad": (make_vad, ("vad",), Counts(train=3, good=3, bad=6)),
     "cifar10": (make_cifar, GROUPS, Counts(train=50, good=10, bad=10)),
 }
+IGNORED = {  # what a class has beside its images and masks
+    "mvtec-ad-2": {"test_private": 3, "test_private_mixed": 3},
+    "mvtec-loco": {".json": 1},
+    "mvtec-3d": {"test/good": 6, "train/good": 3, "validation/good": 3},
+    "vad": {"train/bad": 3},
+    "ksdd2": {"train/defect": 2, "copies": 2},
+    "kolektorsdd": {"train/defect": 4},
+}
 WITHOUT_MASKS = ("vad", "cifar10")
 
 
@@ -67,6 +75,8 @@ def test_each_layout(dataset: str, tmp_path: Path) -> None:
     data = DataConfig(dataset=dataset, data_path=str(make(tmp_path)), input_size=32)
     scans = scan_classes(data, names)
     assert {name: scan.counts for name, scan in scans.items()} == dict.fromkeys(names, counts)
+    for scan in scans.values():
+        assert dict(scan.ignored) == IGNORED.get(dataset, {})
     train, test = build_datasets(data, names)
     assert not any(item.label for item in train.items)
     names_there = [(item.kind, item.name, item.class_index) for item in test.items]
