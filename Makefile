@@ -14,7 +14,8 @@ ABLATION_DIR ?= work_dirs/ablation
 ABLATION = $(PY) main.py --preset paper-mvtec --resume $(ARGS) --work-dir $(ABLATION_DIR)
 ABLATION_RUNS = $(foreach name,plain cpc cpc-naive cpc-residual cpc-residual-pos cpc-residual-pos-mixed,$(ABLATION_DIR)/$(name)-seed[0-9]*)
 
-.PHONY: help setup demo paper-mvtec paper-visa paper-cifar10 ablation benchmark-metrics test test-floors lint types check clean
+.PHONY: help setup demo paper-mvtec paper-visa paper-cifar10 ablation benchmark-metrics test test-floors torture lint types check \
+	audit soak clean
 
 help:
 	@echo "make demo    train and evaluate on the built-in sample (about 3 minutes on 2 cores once installed)"
@@ -22,7 +23,10 @@ help:
 	@echo "             flags in ARGS, for example ARGS='--seeds 1 2 3'"
 	@echo "make test    run the test suite"
 	@echo "make test-floors    the suite with the oldest releases that pyproject.toml allows, in .venv-floors (some GB)"
+	@echo "make torture kill trainings, mistype commands, damage files, and count what does not come through (10 minutes)"
 	@echo "make setup   virtual environment and dependencies only"
+	@echo "make audit   known weaknesses of what is installed (needs the network), and a table of its licences"
+	@echo "make soak    thousands of steps and predictions, watched for what grows (about 10 minutes)"
 	@echo "make lint    ruff;  make types: mypy;  make check: lint, types and tests"
 
 setup: .venv/ready
@@ -74,6 +78,9 @@ test-floors: .venv-floors/ready
 	$(FLOORS) -m pip install --quiet -r .venv-floors/floors.txt
 	@echo ready > .venv-floors/ready
 
+torture: setup
+	$(PY) tests/torture.py $(ARGS)
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -82,6 +89,14 @@ types: setup
 	$(PY) -m mypy
 
 check: lint types test
+
+audit: setup
+	$(PY) .ci/licences.py
+	$(PY) -m pip install --quiet -e ".[audit]"
+	$(PY) -m pip_audit --skip-editable
+
+soak: setup
+	$(PY) benchmarks/soak.py
 
 clean:
 	rm -rf .venv .venv-floors build *.egg-info .pytest_cache .mypy_cache .ruff_cache

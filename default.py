@@ -37,6 +37,9 @@ SCORES = ("mul", "add", "likelihood", "surprise", "contrast")
 ABSOLUTE = ("likelihood", "surprise", "contrast")  # scores by which images can be compared
 CALIBRATED = ("surprise", "contrast")  # scores in units of what normal images have
 JUDGING = ("test", "predict", "export", "submit")  # modes that need a checkpoint
+ENGINES = ("auto", "torch", "onnxruntime", "openvino")  # what computes a prediction
+MANY_IMAGES, SOME_IMAGES = 300, 30  # from which on another engine saves more time than its graph and its trial take
+MODES = ("train", "test", "predict", "table", "export", "cache", "inspect", "submit")
 PRECISIONS = ("float32", "float16", "int8")  # of ONNX files
 
 
@@ -79,12 +82,38 @@ def expect(flag: str, value: Any, choices: tuple | list) -> None:
         raise UsageError(f"{flag}: expected one of {', '.join(map(str, choices))}, but got {value!r}")
 
 
+KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {  # of fields: their values' types, and in words
+    "str": (str, "text"), "int": (int, "a whole number"), "float": ((int, float), "a number"),
+    "bool": (bool, "on or off"),
+}  # fmt: skip
+
+
+def fits(value: Any, kind: str) -> bool:
+    """Whether a value is of a field's annotated type, such as `tuple[int, ...] | None`."""
+    if value is None:
+        return kind.endswith(" | None")
+    kind = kind.removesuffix(" | None")
+    if kind.startswith("tuple["):
+        return isinstance(value, tuple) and all(fits(v, kind[len("tuple[") : -len(", ...]")]) for v in value)
+    return isinstance(value, KINDS[kind][0]) and isinstance(value, bool) == (kind == "bool")
+
+
+def in_words(kind: str) -> str:
+    """A field's annotated type as an error names it."""
+    found = re.search(r"\b(str|int|float|bool)\b", kind)
+    assert found
+    return KINDS[found[1]][1] + (" or several of them" if "tuple" in kind else "")
+
+
 class Part:
-    """Checks that every part of the configuration shares: choices and bounds, element by element for tuples."""
+    """Checks that every part of the configuration shares: types, choices and bounds, element by element for tuples."""
 
     def __post_init__(self) -> None:
         for entry in fields(self):  # type: ignore[arg-type]
             value, meta = getattr(self, entry.name), entry.metadata
+            if not fits(value, str(entry.type)):
+                got = " ".join(repr(value).split())[:60]
+                raise UsageError(f"{flag_of(entry.name)}: expected {in_words(str(entry.type))}, but got {got}")
             for item in value if isinstance(value, tuple) else (value,):
                 if item is None:
                     continue
@@ -96,6 +125,8 @@ class Part:
     def _check_bounds(flag: str, item: Any, low: float | None, high: float | None) -> None:
         if isinstance(item, float) and not math.isfinite(item):
             raise UsageError(f"{flag}: expected a finite number, but got {item}")
+        if isinstance(item, int) and abs(item) >= 1 << 63:
+            raise UsageError(f"{flag}: expected a number below 2^63, but got one of {item.bit_length()} bits")
         if low is not None and item < low:
             raise UsageError(f"{flag}: expected at least {low}, but got {item}")
         if high is not None and item > high:
@@ -136,7 +167,11 @@ class DataConfig(Part):
         choices=("auto", "white", "black"),
     )
     max_pixels: int = option(
-        178_956_970, "most pixels that an image may have; more are taken for a mistake", binds="free", low=1
+        178_956_970,
+        "most pixels that an image may have, those of more than 8 bits counted four times; more are taken for a "
+        "mistake",
+        binds="free",
+        low=1,
     )
     good_names: tuple[str, ...] = option(GOOD_NAMES, "folders of good images, whatever the case", binds="result")
     trust_masks: bool = option(
@@ -329,6 +364,18 @@ class TrainConfig(Part):
     profile: int = option(
         0, "write a trace of this many training steps into the run folder", binds="free", low=0, high=1000
     )
+    save_every: int = option(
+        0,
+        "training steps between checkpoints in the middle of a meta epoch, from which --resume goes on, too; 0: none",
+        binds="free",
+        low=0,
+    )
+    max_dropped: int = option(
+        10,
+        "steps in a row without a finite loss after which a run stops; fewer are left out and counted",
+        binds="free",
+        low=1,
+    )
     resume: bool = option(False, "go on with the newest unfinished run of the same settings", binds="free")
     tensorboard: bool = option(False, "log to TensorBoard files in the run folder", binds="free")
     wandb_enable: bool = option(False, "log to Weights & Biases", binds="free")
@@ -407,6 +454,14 @@ class PredictConfig(Part):
         "again (default: predict, predict-2, ... beside the checkpoint); of --mode submit, an empty one",
         binds="free",
     )
+    engine: str = option(
+        "auto",
+        "what computes on a CPU; auto: PyTorch for few images, from "
+        f"{MANY_IMAGES} on the one that is fastest on the first of them; the others need an ONNX graph, made once and "
+        f"kept beside the checkpoint, with which {SOME_IMAGES} are enough",
+        binds="free",
+        choices=ENGINES,
+    )
     overlays: bool = option(
         True, "write each image at its own size, grey where it is normal and coloured where it is not", binds="free"
     )
@@ -431,12 +486,7 @@ class PredictConfig(Part):
 class RunConfig(Part):
     """Where and on what the program runs."""
 
-    mode: str = option(
-        "train",
-        "what to do",
-        binds="free",
-        choices=("train", "test", "predict", "table", "export", "inspect", "submit"),
-    )
+    mode: str = option("train", "what to do", binds="free", choices=MODES)
     paths: tuple[str, ...] = option(
         (),
         "run folders that --mode table gathers into one table; images and folders of them that --mode predict judges, "
@@ -451,7 +501,18 @@ class RunConfig(Part):
         binds="free",
         choices=PRECISIONS,
     )
-    work_dir: str = option("work_dirs", "folder for run folders", binds="free")
+    clear: int | None = option(
+        None,
+        "what --mode cache removes: features that no program has used for this many days; 0: all (default: it lists)",
+        binds="free",
+        low=0,
+    )
+    work_dir: str = option("work_dirs", "folder for run folders, and for features that are kept", binds="free")
+    offline: bool = option(
+        False,
+        "open no connection: weights come from a file, a package, or the hub's cache on this machine",
+        binds="free",
+    )
     device: str = option("auto", "where to compute: auto, cuda, cuda:1 (the second GPU), cpu or mps", binds="free")
     name: str | None = option(
         None, "start of the run folder's name (default: data set, extractor and multi or single)", binds="free"
@@ -586,8 +647,10 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
     """The inverse of `to_dict`; lists (JSON has no tuples) become tuples.
 
     Raises:
-        UsageError: a value out of its range, or a part or name that this version does not know.
+        UsageError: a value out of its range or of another type, or a part or name that this version does not know.
     """
+    if not isinstance(values, Mapping) or not all(isinstance(part, Mapping) for part in values.values()):
+        raise UsageError(f"settings: expected one group for each of {', '.join(PARTS)}")
     known: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in flat(values).items()}
     known.pop("runs", None)  # of version 1.0: paths on the command line, which belong to no run
     return make_config(**known)

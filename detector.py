@@ -10,30 +10,29 @@ Needs a checkpoint and nothing else: no data, no labels, no work folder.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor
 
 from datasets.decode import colours, read_pixels, shallow
 from datasets.pixels import Pixels, check_size, has_transparency
 from datasets.reading import PLAIN, Reading, picture
 from datasets.transforms import to_tensor
-from default import Config, UsageError, make_config
-from models.decision import Verdict
-from models.detector import Detector, Judgement
-from models.scorer import image_scores
+from default import KEPT, Config, UsageError, flag_of, make_config, settings_of, shown
+from engine import Answer, Engine, Features, Graph, Torch, file_engine, installed, quickest
+from models.extractor import Normalization
+from prediction import Prediction, normality, prediction
 from stage import Stage, find_checkpoints, image_readings, normalization_of, settled_config
 from stage import load_detector as load_model
 from utils.run.checkpoint import read_checkpoint
+from utils.run.engines import EXTRAS, has_8_bits
 from utils.run.seed import random_state, restore_random_state
 
 Given = str | Path | Image.Image | NDArray
@@ -41,87 +40,56 @@ ARRAY = Path("array")  # how an image without a file is called in an error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Peak:
-    """The highest place of a map: column `x` and row `y` in pixels of the image, from 0, and its `value`."""
-
-    x: int
-    y: int
-    value: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Region:
-    """A connected part of a mask: the box from column `x` and row `y` on, in pixels, and its highest place."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-    peak: Peak
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What is said of an image of H x W pixels.
-
-    Attributes:
-        score: image score, higher where it is less normal.
-        p_value: share of normal images that score as high or higher, in (0, 1].
-        threshold: of the score.
-        defective: the score is above it.
-        map: (H, W) float32, the score of each place.
-        pixel_threshold: of the map.
-        mask: (H, W) bool, where the map is above it.
-        peak: the map's highest place.
-        regions: connected parts of the mask, the highest first.
-        concept: number of the concept that the image has, None without codebooks.
-
-    A model without thresholds gives None for `p_value`, `threshold`, `defective`, `pixel_threshold` and `mask`.
-    """
-
-    score: float
-    p_value: float | None
-    threshold: float | None
-    defective: bool | None
-    map: NDArray[np.float32]
-    pixel_threshold: float | None
-    mask: NDArray[np.bool_] | None
-    peak: Peak
-    regions: tuple[Region, ...]
-    concept: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Opened:
-    """An image as the model wants it, (3, S, S) in [0, 1], its own `size` (width, height), and as people see it: RGB
-    (H, W, 3)."""
+    """An image: `views` of it as models want it, (3, S, S) in [0, 1], by the numbers of those that read it alike; its
+    own `size` (width, height), and as people see it: RGB (H, W, 3)."""
 
-    image: Tensor
+    views: Mapping[tuple[int, ...], Tensor]
     size: tuple[int, int]
     picture: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A model: what computes it, the only class that it knows (None: it is a model of many), and the ways in which it
+    reads images of its classes."""
+
+    engine: Engine
+    class_name: str | None
+    readings: tuple[Reading, ...]
 
 
 class ImageDetector:
     """Judges images; several threads may share it. Made by `load_detector`.
 
+    Of several models, one for each class, that one answers which finds an image most normal: the one with the highest
+    p-value, of those the one whose score is farthest below its threshold, as a share of it. So an image is called
+    defective if no model finds it normal, and normal images of a class are seldomer so than by its model alone.
+
     Args:
-        stage: device and extractor.
-        model: flow, scorer and thresholds.
-        readings: ways of reading of the classes that an image may be of.
+        config: batch size, image size and limits.
+        members: one model, or several that have thresholds.
+        graph: of a single model, from which quicker engines may be made (`hurry`).
     """
 
-    def __init__(self, stage: Stage, model: Detector, readings: Sequence[Reading]) -> None:
-        self.stage, self.model, self.readings = stage, model, tuple(dict.fromkeys(readings)) or (PLAIN,)
+    def __init__(self, config: Config, members: Sequence[Member], graph: Graph | None = None) -> None:
+        self.config, self.members, self.graph = config, list(members), graph
         self._lock = threading.Lock()  # what a model keeps between images is not per thread, nor are PyTorch's settings
 
     @property
-    def config(self) -> Config:
-        return self.stage.config
+    def decides(self) -> bool:
+        """Whether there are thresholds."""
+        return self.members[0].engine.rule is not None
 
     @property
-    def decides(self) -> bool:
-        """Whether the model has thresholds."""
-        return self.model.decision is not None
+    def engine(self) -> str:
+        """What computes: torch, onnxruntime or openvino."""
+        return self.members[0].engine.name
+
+    def rules(self) -> list[str]:
+        """How it is decided, a line for each model that has thresholds."""
+        rules = [(member.class_name, member.engine.rule) for member in self.members if member.engine.rule]
+        return [f"{name}: {rule}" if name and len(rules) > 1 else rule for name, rule in rules]
 
     def __call__(self, images: Any) -> Any:
         """A `Prediction` of an image, a list of them of a list.
@@ -143,45 +111,64 @@ class ImageDetector:
         """Read an image.
 
         Raises:
-            UsageError: it cannot be read, or is too large.
+            UsageError: it cannot be read, by none of several models, or is too large.
         """
         limit = self.config.data.max_pixels
         path = Path(image) if isinstance(image, (str, Path)) else ARRAY
         pixels = read_pixels(path, limit) if path is not ARRAY else pixels_of(image)
         check_size(path, pixels.size, limit)
-        reading = self._reading(path, pixels)
-        return Opened(
-            image=to_tensor(path, pixels, self.config.data.input_size, reading), size=pixels.size,
-            picture=seen(path, pixels, reading),
-        )  # fmt: skip
+        views, problem, picture = {}, None, None
+        for reading, numbers in self._ways(path, pixels).items():
+            try:
+                views[numbers] = to_tensor(path, pixels, self.config.data.input_size, reading)
+                picture = seen(path, pixels, reading) if picture is None else picture
+            except UsageError as error:  # deeper than all images of a class are: its model does not answer
+                problem = problem or error
+        if picture is None:
+            raise problem or UsageError(f"{path}: no model reads it")
+        if not (self.members[0].engine.deep or all(map(has_8_bits, views.values()))):
+            raise UsageError(f"{path}: has more than 8 bits per channel, an ONNX file takes 8; give the checkpoint")
+        return Opened(views=views, size=pixels.size, picture=picture)
 
-    def _reading(self, path: Path, pixels: Pixels) -> Reading:
-        """How to read an image: opaque ones of 8 bits are read alike in all classes."""
-        if len(self.readings) == 1 or (pixels.image is not None and not has_transparency(pixels.image)):
-            reading = self.readings[0]
-        else:
-            ways = "; ".join(str(reading) or "opaque, 8 bits" for reading in self.readings)
-            raise UsageError(
-                f"{path}: the model reads such images of its classes in different ways ({ways}); say which class it is "
-                "of: --class-names CLASS, class_name= in Python"
-            )
-        floats = pixels.values is not None and pixels.values.dtype.kind == "f"
-        if path is ARRAY and floats and reading.floats is None:
-            return Reading(integers=reading.integers, floats=(0.0, 1.0), background=reading.background)
-        return reading
+    def _ways(self, path: Path, pixels: Pixels) -> dict[Reading, tuple[int, ...]]:
+        """How an image may be read, and the numbers of the models that want it so: opaque ones of 8 bits are read alike
+        in all classes."""
+        plain = pixels.image is not None and not has_transparency(pixels.image)
+        ways: dict[Reading, tuple[int, ...]] = {}
+        for number, member in enumerate(self.members):
+            reading = self.members[0].readings[0] if plain else as_given(path, pixels, only(path, member.readings))
+            ways[reading] = (*ways.get(reading, ()), number)
+        return ways
 
-    @torch.no_grad()
     def judge(self, opened: Sequence[Opened]) -> list[Prediction]:
         """A batch of images."""
-        config = self.config.eval
         with self._lock:
-            kept = self.stage.extract(torch.stack([o.image for o in opened]).to(self.stage.device))
-            judgement = self.model.judge(kept)
-            scores = image_scores(getattr(judgement.maps, config.image_score), config.top_k)
-            maps = getattr(judgement.maps, config.shown_score).cpu().numpy()
-            verdict = self.model.decide(judgement, scores) if self.decides else None
-        rows = enumerate(zip(opened, maps, strict=True))
-        return [prediction(row, one, scores, heat, judgement, verdict) for row, (one, heat) in rows]
+            answers = self._answers(opened)
+        made = []
+        for one, own in zip(opened, answers, strict=True):
+            number = max(own, key=lambda number: normality(own[number])) if len(own) > 1 else next(iter(own))
+            made.append(prediction(own[number], one.size, self.members[number].class_name))
+        return made
+
+    def _answers(self, opened: Sequence[Opened]) -> list[dict[int, Answer]]:
+        """What each model that can read an image says of it, by the models' numbers."""
+        found: list[dict[int, Answer]] = [{} for _ in opened]
+        for numbers in dict.fromkeys(numbers for one in opened for numbers in one.views):
+            rows = [row for row, one in enumerate(opened) if numbers in one.views]
+            image = torch.stack([opened[row].views[numbers] for row in rows])
+            for number in numbers:
+                for row, answer in zip(rows, self.members[number].engine(image), strict=True):
+                    found[row][number] = answer
+        return found
+
+    def hurry(self, opened: Sequence[Opened]) -> str:
+        """Go on with the engine that is quickest on these images, and say which; see `engine.quickest`."""
+        assert self.graph is not None
+        image, own = torch.stack([next(iter(one.views.values())) for one in opened]), self.members[0]
+        with self._lock:
+            engine, told = quickest(installed(self.graph), image)
+            self.members, self.graph = [replace(own, engine=engine)], None
+        return told
 
 
 def load_detector(
@@ -190,12 +177,12 @@ def load_detector(
     """A trained model, ready to judge images.
 
     Args:
-        path: run folder, or a checkpoint.
-        class_name: of a run with a model for each class, the one to load; where a model reads deep or transparent
-            images of its classes in different ways, the class whose way counts.
+        path: run folder, a checkpoint, or an ONNX file of `--mode export`.
+        class_name: of a run with a model for each class, the one to load instead of all; where a model reads deep or
+            transparent images of its classes in different ways, the class whose way counts.
         preset: settings of a checkpoint of the released code, which brings none.
-        settings: of `default.py` by name, such as device="cpu" or false_alarm_rate=0.05; what a checkpoint fixes
-            cannot be chosen.
+        settings: of `default.py` by name, such as device="cpu", engine="onnxruntime" or false_alarm_rate=0.05; what a
+            checkpoint fixes cannot be chosen.
 
     Raises:
         UsageError: there is no such checkpoint, class or setting.
@@ -210,23 +197,93 @@ def loaded(config: Config, chosen: dict[str, Any]) -> ImageDetector:
     """As `load_detector`, from what a command line says: see `test.run_test`."""
     path = Path(str(config.eval.eval_ckpt))
     if path.suffix == ".onnx":
-        raise UsageError(f"--eval_ckpt: expected a run folder or a checkpoint, but got {path}; run it with onnxruntime")
-    paths = find_checkpoints(path, config.data.class_names)
-    if len(paths) > 1:
-        models = ", ".join(p.parent.name for p in paths)
-        raise UsageError(
-            f"--eval_ckpt: {path} holds a model for each class; choose one of {models} with --class-names CLASS "
-            "(class_name= in Python)"
-        )
-    content, state = read_checkpoint(paths[0]), random_state()
+        return from_file(path, config, chosen)
+    paths, state = find_checkpoints(path, config.data.class_names), random_state()
+    features: dict[tuple[Config, Normalization], Features] = {}  # models of one run share an extractor
     try:  # weights are drawn before they are loaded; other random numbers of the program must not notice
-        own = settled_config(content, config, chosen, str(paths[0]))
-        stage = Stage(own, normalization_of(content))
-        model = load_model(content, stage, str(paths[0]))
+        members = [member_of(p, config, chosen, features) for p in paths]
     finally:
         restore_random_state(state)
+    undecided = [p for p, member in zip(paths, members, strict=True) if member.engine.rule is None]
+    if len(paths) > 1 and undecided:
+        raise UsageError(
+            f"--eval_ckpt: {undecided[0]} has no thresholds for these scores, by which one of several models is "
+            "chosen; name a class with --class-names CLASS (class_name= in Python)"
+        )
+    own = next(iter(features.values())).stage.config
+    single = members[0].engine
+    alone = len(members) == 1 and next(iter(features.values())).stage.device.type == "cpu"
+    graph = Graph(paths[0], own, single) if alone and isinstance(single, Torch) else None
+    return ImageDetector(own, members, graph)
+
+
+def member_of(
+    path: Path, config: Config, chosen: dict[str, Any], features: dict[tuple[Config, Normalization], Features]
+) -> Member:
+    """The model of a checkpoint, on an extractor among `features` or a new one."""
+    content = read_checkpoint(path)
+    own, normalization = settled_config(content, config, chosen, str(path)), normalization_of(content)
     names = own.data.class_names if "classes" in content else ()
-    return ImageDetector(stage, model, list(image_readings(content, names).values()))
+    key = replace(own, data=replace(own.data, class_names=())), normalization
+    if key not in features:
+        features[key] = Features(Stage(own, normalization))
+    stage = features[key].stage
+    original = Torch(features[key], load_model(content, stage, str(path)))
+    engine: Engine = original
+    if own.predict.engine in EXTRAS:
+        if stage.device.type != "cpu":
+            raise UsageError(f"--engine {own.predict.engine}: computes on the cpu, not on {stage.device}; --device cpu")
+        engine = Graph(path, own, original).engine(own.predict.engine)
+    return Member(
+        engine=engine, class_name=names[0] if names and not own.data.multi_class else None,
+        readings=tuple(dict.fromkeys(image_readings(content, names).values())) or (PLAIN,),
+    )  # fmt: skip
+
+
+def from_file(path: Path, config: Config, chosen: dict[str, Any]) -> ImageDetector:
+    """A detector of an ONNX file.
+
+    Raises:
+        UsageError: see `file_engine`; or something is asked for that the file fixes.
+    """
+    engine = file_engine(path, config)
+    facts, classes = engine.facts, tuple(engine.facts["classes"])
+    for name in settings_of(*KEPT):
+        if name in chosen and name not in ("class_names", "batch_size") and chosen[name] != facts.get(name):
+            has = f" {shown(facts[name])}" if name in facts else ""
+            raise UsageError(f"{flag_of(name)}: {path} has its own{has}; leave it out, or export the model again")
+    asked = config.data.class_names
+    others = [name for name in asked if name not in ("all", *classes)]
+    if others:
+        raise UsageError(f"--class-names: {path} is no model of {others[0]!r}; choose from all, {', '.join(classes)}")
+    names = classes if "all" in asked else asked
+    readings = image_readings(dict(facts), names)
+    member = Member(
+        engine=engine, class_name=None if facts["multi_class"] else classes[0],
+        readings=tuple(dict.fromkeys(readings.values())) or (PLAIN,),
+    )  # fmt: skip
+    return ImageDetector(replace(config, data=replace(config.data, input_size=facts["input_size"])), [member])
+
+
+def only(path: Path, readings: Sequence[Reading]) -> Reading:
+    """The one way in which a model reads images that are deep or transparent.
+
+    Raises:
+        UsageError: there are several.
+    """
+    if len(readings) > 1:
+        ways = "; ".join(str(reading) or "opaque, 8 bits" for reading in readings)
+        raise UsageError(
+            f"{path}: the model reads such images of its classes in different ways ({ways}); say which class it is of: "
+            "--class-names CLASS, class_name= in Python"
+        )
+    return readings[0]
+
+
+def as_given(path: Path, pixels: Pixels, reading: Reading) -> Reading:
+    """A reading; floating-point numbers in memory are in [0, 1] unless it says otherwise."""
+    floats = pixels.values is not None and pixels.values.dtype.kind == "f"
+    return replace(reading, floats=(0.0, 1.0)) if path is ARRAY and floats and reading.floats is None else reading
 
 
 def pixels_of(image: Any) -> Pixels:
@@ -255,36 +312,3 @@ def seen(path: Path, pixels: Pixels, reading: Reading) -> NDArray[np.uint8]:
         return np.array(planes[0].convert("RGB"))
     level = np.stack([np.asarray(plane) for plane in planes], 2).clip(0, 1)
     return np.broadcast_to((level * 255).round().astype(np.uint8), (*level.shape[:2], 3)).copy()
-
-
-def prediction(
-    row: int, opened: Opened, scores: Tensor, heat: NDArray, judgement: Judgement, verdict: Verdict | None
-) -> Prediction:
-    """What is said of the image number `row` of a batch, its map (h, w) drawn out to the image's size.
-
-    Interpolated values are no higher than the map's own, so that a threshold of the map's maximum holds for them too.
-    """
-    drawn = np.asarray(cv2.resize(heat, opened.size, interpolation=cv2.INTER_LINEAR), np.float32)
-    concept, place = judgement.output.concept, int(drawn.argmax())
-    y, x = divmod(place, drawn.shape[1])
-    limit = None if verdict is None else float(verdict.pixel_threshold[row])
-    mask = None if limit is None else drawn > limit
-    return Prediction(
-        score=float(scores[row]), map=drawn, mask=mask, pixel_threshold=limit,
-        p_value=None if verdict is None else float(verdict.p_value[row]),
-        threshold=None if verdict is None else float(verdict.threshold[row]),
-        defective=None if verdict is None else bool(verdict.defective[row]),
-        peak=Peak(x=x, y=y, value=float(drawn[y, x])), regions=() if mask is None else regions_of(drawn, mask),
-        concept=None if concept is None else int(concept[row]),
-    )  # fmt: skip
-
-
-def regions_of(values: NDArray, mask: NDArray[np.bool_]) -> tuple[Region, ...]:
-    """The 8-connected parts of a mask (H, W), the one with the highest of `values` (H, W) first."""
-    count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    places = ndimage.maximum_position(values, labels, range(1, count)) if count > 1 else []
-    found = [
-        Region(x=x, y=y, width=w, height=h, peak=Peak(x=int(px), y=int(py), value=float(values[py, px])))
-        for (x, y, w, h), (py, px) in zip(boxes[1:, :4].tolist(), places, strict=True)
-    ]
-    return tuple(sorted(found, key=lambda region: -region.peak.value))

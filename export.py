@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,18 +24,20 @@ from stage import Stage, find_checkpoints, image_readings, load_detector, normal
 from utils.run.checkpoint import read_checkpoint
 from utils.run.log import optional
 from utils.run.precision import Images, to_float16, to_int8
+from utils.run.writer import write_whole
 
 TOLERANCE = 1e-3  # of the highest value: what the float32 file may be off
 BATCH = 4  # images that are compared at a time
 EXTRACTOR = ("extractor",)
 NETWORKS = (*EXTRACTOR, "detector.flow.level_flows", "detector.flow.fusion")
 SCORED = ("map", "score")
-DECIDED = (*SCORED, "p_value", "threshold", "verdict", "mask")
+DECIDED = (*SCORED, "p_value", "threshold", "verdict", "mask", "pixel_threshold")
 
 
 class Exported(nn.Module):
     """Pictures (B, S, S, 3), uint8 RGB -> `map` (B, H, H) and `score` (B,); with a decision also `p_value` (B,),
-    `threshold` (B,) of the score, `verdict` (B,), true for a defective image, and `mask` (B, H, H), true for a defect.
+    `threshold` (B,) of the score, `verdict` (B,), true for a defective image, `mask` (B, H, H), true for a defect, and
+    `pixel_threshold` (B,), above which it is; with codebooks also `concept` (B,).
     """
 
     def __init__(self, extractor: nn.Module, detector: Detector, config: EvalConfig) -> None:
@@ -44,18 +47,20 @@ class Exported(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """What `forward` gives."""
-        return SCORED if self.detector.decision is None else DECIDED
+        concepts = ("concept",) if self.detector.flow.hierarchy.codebooks() else ()
+        return (*(SCORED if self.detector.decision is None else DECIDED), *concepts)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         features = self.extractor(image.permute(0, 3, 1, 2).float() / 255)
         judgement = self.detector.judge(self.detector.flow.keep(features))
         shown = getattr(judgement.maps, self.config.shown_score)
         score = image_scores(getattr(judgement.maps, self.config.image_score), self.config.top_k)
+        concepts = () if judgement.output.concept is None else (judgement.output.concept,)
         if self.detector.decision is None:
-            return shown, score
+            return shown, score, *concepts
         verdict = self.detector.decide(judgement, score)
-        mask = shown > verdict.pixel_threshold[:, None, None]
-        return shown, score, verdict.p_value, verdict.threshold, verdict.defective, mask
+        mask, limit = shown > verdict.pixel_threshold[:, None, None], verdict.pixel_threshold
+        return shown, score, verdict.p_value, verdict.threshold, verdict.defective, mask, limit, *concepts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,10 @@ class Agreement:
     mean: float
     score: float
     correlation: float
+
+    @property
+    def worst(self) -> float:
+        return max(self.map, self.score)
 
     def __str__(self) -> str:
         said = "no verdicts" if self.verdicts is None else f"{self.verdicts} of {self.images} verdicts equal"
@@ -96,22 +105,33 @@ def run_export(config: Config, chosen: dict[str, Any]) -> list[Path]:
 def export_model(path: Path, config: Config, chosen: dict[str, Any]) -> Iterator[Path]:
     """The files of one checkpoint; a line says of each how well it agrees with the original."""
     content = read_checkpoint(path)
-    own = settled_config(content, config, chosen, str(path))
-    # Lookups in tables of products speed up our own code; an ONNX runtime is best at plain convolutions.
-    own = replace(
-        own, model=replace(own.model, conditioning="direct"), run=replace(own.run, device="cpu"),
-        train=replace(own.train, amp_enable=False),
-    )  # fmt: skip
+    own = portable(settled_config(content, config, chosen, str(path)))
     precisions = own.run.precision
     normal = None if precisions == ("float32",) else normal_images(own, content, "int8" in precisions)
-    stage = Stage(own, normalization_of(content))
-    exported = Exported(stage.extractor, load_detector(content, stage, str(path)), own.eval).eval()
+    exported = whole(content, own, str(path))
     traced = trace(exported, own.data.input_size)
     facts = describe(own, content, exported, traced)
     for precision in precisions:
         target = file_of(path, precision)
         write(traced, precision, facts, normal, target)
         yield checked(exported, precision, target, normal, own.data.input_size)
+
+
+def portable(own: Config) -> Config:
+    """The settings that a model is traced with.
+
+    Lookups in tables of products speed up our own code; an ONNX runtime is best at plain convolutions.
+    """
+    return replace(
+        own, model=replace(own.model, conditioning="direct"), run=replace(own.run, device="cpu"),
+        train=replace(own.train, amp_enable=False),
+    )  # fmt: skip
+
+
+def whole(content: dict[str, Any], own: Config, name: str) -> Exported:
+    """A checkpoint's model, ready to be traced."""
+    stage = Stage(own, normalization_of(content))
+    return Exported(stage.extractor, load_detector(content, stage, name), own.eval).eval()
 
 
 def file_of(path: Path, precision: str) -> Path:
@@ -160,30 +180,35 @@ def describe(own: Config, content: dict[str, Any], exported: Exported, traced: A
         "image_score": own.eval.image_score, "map": own.eval.shown_score, "top_k": own.eval.top_k,
         "extractor": own.model.extractor, "weights_license": pretrained.get("license"),
         "readings": {n: reading.plain() for n, reading in image_readings(content, classes).items()},
+        "multi_class": own.data.multi_class,
     }  # fmt: skip
     if decision is None:
         return facts
     thresholds, pixels = decision.thresholds.tolist(), decision.pixel_thresholds.tolist()
     return facts | {
         "false_alarm_rate": decision.rate, "basis": decision.basis, "thresholds": thresholds,
+        "interval": None if decision.guaranteed else [v if math.isfinite(v) else None for v in decision.interval()],
         "pixel_thresholds": pixels, "colour_scale": [0.0 if own.eval.shown_score in CALIBRATED else None, pixels[0]],
     }  # fmt: skip
 
 
 def write(traced: Any, precision: str, facts: dict[str, Any], normal: Images | None, target: Path) -> None:
     """The traced model in a precision, with its facts as JSON in its metadata."""
-    import onnx
-
     model = traced
     if precision == "float16":
         model = to_float16(traced, NETWORKS)
     elif precision == "int8":
         assert normal is not None
         model = to_int8(traced, EXTRACTOR, np.split(normal, range(BATCH, len(normal), BATCH)))
-    onnx.helper.set_model_props(model, {n: json.dumps(v) for n, v in (facts | {"precision": precision}).items()})
-    part = target.with_name(target.name + ".part")
-    part.write_bytes(model.SerializeToString())
-    part.replace(target)
+    write_whole(target, serialized(model, facts | {"precision": precision}))
+
+
+def serialized(model: Any, facts: dict[str, Any]) -> bytes:
+    """The content of a file: a model with its facts."""
+    import onnx
+
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.items()})
+    return model.SerializeToString()
 
 
 def checked(exported: Exported, precision: str, target: Path, normal: Images | None, size: int) -> Path:
@@ -196,20 +221,20 @@ def checked(exported: Exported, precision: str, target: Path, normal: Images | N
     noise = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), dtype=np.uint8)
     images = noise if normal is None or precision == "float32" else normal
     found = compare(exported, target, images)
-    worst = max(found.map, found.score)
-    if not worst < (TOLERANCE if precision == "float32" else np.inf):
-        raise UsageError(f"--mode export: the scores of {target} are off by {worst:.2g} of the highest")
+    if not found.worst < (TOLERANCE if precision == "float32" else np.inf):
+        raise UsageError(f"--mode export: the scores of {target} are off by {found.worst:.2g} of the highest")
     kind = "images of noise" if images is noise else "normal images"
     print(f"{target}: image (B, {size}, {size}, 3) -> {', '.join(exported.names)}; {len(images)} {kind}: {found}")
     return target
 
 
 @torch.no_grad()
-def compare(exported: Exported, target: Path, images: Images) -> Agreement:
-    """The file and the original on some images."""
+def compare(exported: Exported, file: Path | bytes, images: Images) -> Agreement:
+    """A file, or its content, and the original on some images."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+    source = file if isinstance(file, bytes) else str(file)
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
     parts = np.split(images, range(BATCH, len(images), BATCH))
     theirs = joined([session.run(None, {"image": part}) for part in parts])
     ours = joined([[v.numpy() for v in exported(torch.from_numpy(part))] for part in parts])

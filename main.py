@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import io
 import json
 import os
 import re
+import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields, replace
@@ -29,7 +32,10 @@ from default import (
     shown,
     to_dict,
 )
-from utils.run.text import printable
+from utils.run.offline import go_offline
+from utils.run.stop import Stopped, heeding
+from utils.run.text import one_line, printable
+from utils.run.trouble import trouble
 
 DESCRIPTION = "Train one VQ-Flow anomaly detector for all classes, evaluate it, and reproduce the paper's tables."
 
@@ -50,16 +56,22 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
         lambda c: c.run.mode in ("predict", "submit"),
         "does nothing without --mode predict or submit; leave it out",
     ),
+    "engine": _PREDICTING,
     "save_maps": _PREDICTING,
     "save_masks": _PREDICTING,
     "fail_on": _PREDICTING,
     "watch": _PREDICTING,
     "precision": (lambda c: c.run.mode == "export", "does nothing without --mode export; add that, or leave it out"),
     "json": (lambda c: c.run.mode == "inspect", "does nothing without --mode inspect; leave it out"),
+    "clear": (lambda c: c.run.mode == "cache", "does nothing without --mode cache; add that, or leave it out"),
     "resume": _TRAINING,
+    "save_every": _TRAINING,
     "tensorboard": _TRAINING,
     "wandb_enable": _TRAINING,
 }
+
+
+KEPT = "what was finished before is kept; a training goes on with --resume"
 
 
 class Parser(argparse.ArgumentParser):
@@ -159,7 +171,8 @@ def refuse_void(config: Config, typed: dict[str, Any]) -> None:
     Sizes and weights of a part that is switched off are accepted, so that one switch can be taken out of a command.
     """
     for name, (satisfied, advice) in NEEDS.items():
-        if typed.get(name) and not satisfied(config):
+        value = typed.get(name)
+        if value is not None and value is not False and not satisfied(config):
             raise UsageError(f"{flag_of(name)}: {advice}")
 
 
@@ -174,12 +187,12 @@ def hyphenated(word: str) -> str:
 def run(argv: Sequence[str]) -> int:
     """Do what the command line says; the status."""
     config, chosen, dry = parse(argv)
+    if config.run.offline:
+        go_offline()
     if dry:
         print(json.dumps({"version": __version__} | to_dict(config), indent=2))
     elif config.run.mode == "train":
-        from train import run_training
-
-        for_each_seed(config, run_training)
+        for_each_seed(config, train)
     elif config.run.mode == "table":
         from utils.report.gather import gather_runs
 
@@ -188,6 +201,10 @@ def run(argv: Sequence[str]) -> int:
         from inspect_data import run_inspect
 
         return run_inspect(config)
+    elif config.run.mode == "cache":
+        from datasets.tidy import tend
+
+        print(printable(tend(config)))
     elif config.run.mode == "predict":
         from predict import run_predict
 
@@ -207,6 +224,16 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def train(config: Config) -> Path:
+    """Train, then judge the test images without labels; the run folder."""
+    from predict import predict_unlabelled
+    from train import run_training
+
+    folder = run_training(config)
+    predict_unlabelled(config, folder)
+    return folder
+
+
 def for_each_seed(config: Config, train: Callable[[Config], Path]) -> None:
     """Train once, or once with each of --seeds and summarize the run folders."""
     if not config.run.seeds:
@@ -219,7 +246,7 @@ def for_each_seed(config: Config, train: Callable[[Config], Path]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; the user's mistakes end in one line and status 2, Ctrl-C in status 130, a reader who left in 141."""
+    """Run; the status: see `guarded`, and 141 for a reader of our output who left."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is shown as \xb2 or \u7247
             stream.reconfigure(errors="backslashreplace")
@@ -235,16 +262,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(argv: Sequence[str]) -> int:
-    """Run; the status. The user's mistakes become one line."""
+    """Run; the status: 2 for a mistake of the user's, 1 for what the system refuses, 130 for Ctrl-C, 143 for SIGTERM,
+    each with one line, and 70 for a bug of ours, with all that helps to mend it."""
     warnings.filterwarnings("ignore", message="Mapping deprecated model name")
     try:
-        return run(argv)
+        with heeding():
+            return run(argv)
     except UsageError as error:
-        print(printable(f"main.py: error: {error}"), file=sys.stderr)
-        return 2
+        return said(f"error: {error}", 2)
+    except Stopped as stop:
+        return said(f"stopped: {stop.text or KEPT}", stop.status)
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last finished meta epoch", file=sys.stderr)
-        return 130
+        return said(f"stopped: {KEPT}", 130)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        text = trouble(error)
+        return said(f"error: {text}", 1) if text is not None else reported(argv)
+
+
+def said(line: str, status: int) -> int:
+    """Print how the program ends; the status."""
+    print(one_line(f"main.py: {line}"), file=sys.stderr)
+    return status
+
+
+def reported(argv: Sequence[str]) -> int:
+    """Print the error that is being handled, and what a report of it should tell."""
+    traceback.print_exc()
+    settings = "not resolved"
+    with contextlib.suppress(Exception):
+        settings = json.dumps(to_dict(parse(argv)[0]))
+    print(printable(
+        "main.py: this is a bug of VQ-Flow. Please report it with all of the lines above and below, as an issue of the "
+        f"repository that this copy comes from.\nversion: {__version__}, Python {sys.version.split()[0]}, "
+        f"{sys.platform}\ncommand: main.py {shlex.join(argv)}\nconfig: {settings}"
+    ), file=sys.stderr)  # fmt: skip
+    return 70
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,21 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from datasets import unlabelled
 from datasets.walk import image_files
-from default import Config, UsageError, flag_of
-from detector import ImageDetector, Opened, Prediction, loaded
+from default import MANY_IMAGES, SOME_IMAGES, Config, UsageError, flag_of
+from detector import ImageDetector, Opened, load_detector, loaded
+from prediction import Prediction
 from utils.report.plots import heat_overlay, save_picture
 from utils.report.verdicts import WORDS, Rows
 from utils.run.folders import new_folder
 from utils.run.progress import progress
 from utils.run.text import printable
+from utils.run.writer import write_whole
 
 AT_ONCE = 32_000_000  # pixels of the images that are in memory together, unless a single one has more
 HUNDREDTHS, ZERO = 100, 32768  # of a map in 16 bits: v = 100 score + 32768
+TRIED = 2  # images that engines are compared on
 POLL = 1.0  # seconds between two looks at a folder that is watched
 LONGEST_JPEG = 65500  # pixels of a side
 
@@ -63,11 +68,35 @@ def run_predict(config: Config, chosen: dict[str, Any]) -> int:
             print(f"waiting for images in {watched}; Ctrl-C ends this; rows are written to {folder}", flush=True)
             with contextlib.suppress(KeyboardInterrupt):
                 watch(detector, Path(watched), folder, rows, counts)
-    print(f"{counts.images} images: {counts.defects} defective, {counts.errors} not read; written to: {folder}")
+    tell(counts, detector, folder)
     if counts.errors:
-        print(f"{counts.errors} of {counts.images} images could not be read; scores.csv says why", file=sys.stderr)
         return 1
     return 3 if counts.defects and config.predict.fail_on else 0
+
+
+def predict_unlabelled(config: Config, run: Path) -> None:
+    """Judge the images in the test folders of a finished run's data that have no labels, in its folder `predict`."""
+    found = unlabelled(config.data)
+    if not found:
+        return
+    folder, counts = new_folder(run, "predict"), Counts()
+    with Rows(folder) as rows:
+        for name, paths in found.items():
+            print(printable(f"{name}: {len(paths)} images without labels"))
+            detector = load_detector(run, class_name=name, device=config.run.device)
+            check_thresholds(detector)
+            judge_all(detector, paths, folder, rows, counts)
+    tell(counts, detector, folder)
+
+
+def tell(counts: Counts, detector: ImageDetector, folder: Path) -> None:
+    """The last lines."""
+    print(
+        f"{counts.images} images: {counts.defects} defective, {counts.errors} not read; computed by {detector.engine}; "
+        f"written to: {folder}"
+    )
+    if counts.errors:
+        print(f"{counts.errors} of {counts.images} images could not be read; scores.csv says why", file=sys.stderr)
 
 
 @dataclass
@@ -139,8 +168,8 @@ def listed() -> list[str]:
 
 def check_thresholds(detector: ImageDetector) -> None:
     """Say what verdicts rest on, or that there are none; raise `UsageError` where something needs them."""
-    if detector.model.decision is not None:
-        print(detector.model.decision.describe())
+    if detector.decides:
+        print("\n".join(detector.rules()))
         return
     wanted = detector.config.predict
     for name, asked in (("save_masks", wanted.save_masks), ("fail_on", wanted.fail_on)):
@@ -167,7 +196,7 @@ def output_folder(config: Config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != made_with:
             raise UsageError(f"--output: {folder} holds predictions of another model or rate; name another folder")
-        known.write_text(json.dumps(made_with) + "\n", encoding="utf-8")
+        write_whole(known, (json.dumps(made_with) + "\n").encode())
     except (OSError, json.JSONDecodeError) as error:
         raise UsageError(f"--output: cannot write in {folder}: {error}") from error
     return folder
@@ -175,12 +204,25 @@ def output_folder(config: Config) -> Path:
 
 def judge_all(detector: ImageDetector, paths: Sequence[Path], folder: Path, rows: Rows, counts: Counts) -> None:
     """Write a row, and what else is asked for, of every image."""
+    choose_engine(detector, paths, counts.images + len(paths))
     judged = outcomes(detector, paths)
     for path, opened, found, seconds in progress(judged, total=len(paths), text="prediction", unit="images"):
         if isinstance(found, Prediction) and opened is not None:
             save_files(detector.config, folder, len(rows.done) + 1, path, opened, found)
         rows.add(row_of(path, found, seconds))
         counts.add(rows.verdict(path))
+
+
+def choose_engine(detector: ImageDetector, paths: Sequence[Path], images: int) -> None:
+    """With --engine auto, on a CPU: go on with the quickest engine, where there are `images` enough for the trial."""
+    graph = detector.graph
+    if detector.config.predict.engine != "auto" or graph is None or images < SOME_IMAGES:
+        return
+    if images >= MANY_IMAGES or graph.ready:
+        opened = (opened_or_reason(detector, path) for path in paths)
+        first = list(islice((one for one in opened if isinstance(one, Opened)), TRIED))
+        if first:
+            print(detector.hurry(first), flush=True)
 
 
 Outcome = tuple[Path, Opened | None, Prediction | str, float]
@@ -228,9 +270,10 @@ def row_of(path: Path, found: Prediction | str, seconds: float) -> dict[str, Any
     if isinstance(found, str):
         names = ("score", "p_value", "threshold", "verdict", "concept", "peak_x", "peak_y", "peak_value", "regions")
         return row | dict.fromkeys(names) | {"error": printable(found)}
+    concept = found.concept if found.class_name is None else printable(found.class_name)
     return row | {
         "score": found.score, "p_value": found.p_value, "threshold": found.threshold,
-        "verdict": WORDS[found.defective], "concept": found.concept, "peak_x": found.peak.x, "peak_y": found.peak.y,
+        "verdict": WORDS[found.defective], "concept": concept, "peak_x": found.peak.x, "peak_y": found.peak.y,
         "peak_value": found.peak.value, "regions": None if found.mask is None else [asdict(r) for r in found.regions],
         "error": None,
     }  # fmt: skip
@@ -260,9 +303,9 @@ def save_map(stem: Path, values: NDArray[np.float32], kind: str) -> None:
     stem.parent.mkdir(exist_ok=True)
     path = stem.with_name(f"{stem.name}.{'png' if kind == 'png16' else kind}")
     if kind == "npy":
-        np.save(path, values)
+        write_whole(path, lambda file: np.save(file, values), durable=False)
     elif kind == "tiff":
-        tifffile.imwrite(path, values)
+        write_whole(path, lambda file: tifffile.imwrite(file, values), durable=False)
     else:
         deep = (values.astype(np.float64) * HUNDREDTHS + ZERO).round().clip(0, 65535).astype(np.uint16)
-        path.write_bytes(cv2.imencode(".png", deep)[1].tobytes())
+        write_whole(path, cv2.imencode(".png", deep)[1].tobytes(), durable=False)

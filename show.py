@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from tqdm import tqdm
 from datasets import are_unseen
 from datasets.folder import ImageFolder
 from datasets.transforms import to_picture
-from default import CALIBRATED, EvalConfig
+from default import CALIBRATED, EvalConfig, UsageError
 from models.detector import Detector
 from models.scorer import image_scores
 from stage import Stage
@@ -22,6 +24,7 @@ from utils.report.gallery import NORMAL_IMAGES, Look, Shot, Show, Views, drawn, 
 from utils.report.images import EvalResult, NormalRange, first_of_each
 from utils.report.page import ClassPage, class_page
 from utils.report.plots import save_picture
+from utils.run.text import printable
 
 MEDIAN_IMAGES = 4  # per class, where the checkpoint's thresholds leave only the scale's zero to find
 
@@ -86,22 +89,34 @@ def present(
         ranges = {}
         for index, name in enumerate(names):
             numbers = [n for n, item in enumerate(normal.items) if item.class_index == index]
-            ranges[name] = range_of(stage.config.eval, detector, look, numbers)
+            with spared(f"pictures of {name}"):
+                ranges[name] = range_of(stage.config.eval, detector, look, numbers)
             bar.update()
-        images = [image.within(ranges[image.class_name]) for image in result.images]
-        for number in wanted:
+        images = {n: i.within(ranges[i.class_name]) for n, i in enumerate(result.images) if i.class_name in ranges}
+        for number in (n for n in wanted if n in images):
             item, image = test.items[number], images[number]
             place = folder / image.class_name / f"{item.kind}_{item.name.replace('/', '_')}.jpg"
-            save_picture(place, drawn(show(number), image, ranges[image.class_name]))
+            with spared(place):
+                save_picture(place, drawn(show(number), image, ranges[image.class_name]))
             bar.update()
         pages = {}
-        for name in names if config.report else []:
-            pages[name] = class_page(
-                result=result.classes[name], curves=result.curves[name], normal=ranges[name], show=show, share=share,
-                images={n: image for n, image in enumerate(images) if image.class_name == name},
-            )  # fmt: skip
+        for name in ranges if config.report else []:
+            with spared(f"report of {name}"):
+                pages[name] = class_page(
+                    result=result.classes[name], curves=result.curves[name], normal=ranges[name], show=show,
+                    images={n: image for n, image in images.items() if image.class_name == name}, share=share,
+                )  # fmt: skip
             bar.update()
     return pages
+
+
+@contextlib.contextmanager
+def spared(what: Path | str) -> Iterator[None]:
+    """Where `what`, a file or what it is of, cannot be made, a warning says so and the rest goes on."""
+    try:
+        yield
+    except (UsageError, OSError, MemoryError) as error:
+        print(printable(f"warning: {what} is left out: {error}"), file=sys.stderr)
 
 
 def range_of(config: EvalConfig, detector: Detector, look: Look, numbers: Sequence[int]) -> NormalRange:

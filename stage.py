@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from datasets.cache import FeatureSize, cache_key, check_space, make_store, to_half
+from datasets.cache import NoRoom, cache_key, make_store, to_half
 from datasets.features import CachedFeatures, LiveFeatures
 from datasets.folder import ImageFolder
 from datasets.loaders import ImageLoader, ordered_loader, resolve_workers, train_loader
@@ -35,16 +35,20 @@ from default import (
 from models.decision import Calibrated, Decision, scoring_of
 from models.detector import Detector
 from models.extractor import IMAGENET, FrozenExtractor, Normalization
-from models.official import is_official, load_official, load_strictly
+from models.official import is_official, load_official, load_strictly, refuse_misfit
 from models.scorer import Scorer, ScoreRule
 from models.vqflow import VQFlow, pool_features
 from utils.run.device import autocast, check_compiler, has_bfloat16, resolve_device
 from utils.run.folders import check_writable
+from utils.run.keeper import LAST
+from utils.run.offline import go_offline
 from utils.run.progress import progress
-from utils.run.seed import seed_everything
+from utils.run.seed import random_state, restore_random_state, seed_everything
+from utils.run.text import printable
 from utils.run.upgrade import FORMAT, OLD
 
 Source = LiveFeatures | CachedFeatures
+ANY = f"*/{LAST}"  # in a run folder with a model for each class
 KEYS = {"config", "model", "scorer", "classes", "extractor"}  # of a checkpoint of ours
 
 
@@ -60,6 +64,8 @@ class Stage:
 
     def __init__(self, config: Config, normalization: Normalization | None = None) -> None:
         self.config, self.device = config, resolve_device(config.run.device)
+        if config.run.offline:
+            go_offline()
         if config.train.amp_enable and not has_bfloat16(self.device):
             print(f"--amp-enable: this {self.device.type} has no units for bfloat16; computing in float32")
         if config.train.compile:
@@ -89,6 +95,17 @@ class Stage:
             self.config.model, self.extractor.channels, self.extractor.strides,
             recompute=self.config.train.checkpoint_activations,
         )  # fmt: skip
+
+    def room(self) -> int:
+        """Bytes that the checkpoints of a training take on the disk, without its memory: the last, the one before, the
+        best, and one that is being written, each with the weights and the optimizer's two moments of them."""
+        if self.config.run.mode != "train":
+            return 0
+        state = random_state()
+        with torch.device("meta"):
+            tensors = self.build_flow().state_dict().values()
+        restore_random_state(state)
+        return 4 * 3 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def build_detector(self, flow: VQFlow | None = None, scorer: Scorer | None = None) -> Detector:
         """A flow and a scorer, new ones unless given: on the device, channels-last, compiled if wanted."""
@@ -153,40 +170,54 @@ class Stage:
         self._loaders.append(loader)
         data, ordered, folder = self.config.data, self._ordered(dataset), self.cache_folder(dataset)
         place = "disk" if data.cache == "auto" else data.cache
-        if data.cache == "auto" and not data.pre_extract and not folder.is_dir():
-            once = self.config.run.mode == "test"  # a cache would not be read a second time
-            size = None if once else FeatureSize.of(dataset, self.extract, self.device)
-            problem = size and check_space(size, place, self.cache, self.device)
-            if problem:
-                print(f"--cache auto: {problem}: they are computed anew in each epoch")
-            place = "none" if once or problem else place
-        if place == "none":
+        free_choice = data.cache == "auto" and not data.pre_extract
+        once = free_choice and self.config.run.mode == "test" and not folder.is_dir()  # would not be read again
+        if place == "none" or once:
             return LiveFeatures(loader, self.extract, self.device)
-        store = make_store(
-            place, folder, ordered, self.extract, device=self.device,
-            progress=lambda batches, text: progress(batches, total=len(ordered), text=text),
-        )  # fmt: skip
-        ordered.end_workers()
+        try:
+            store = make_store(
+                place, folder, ordered, self.extract, device=self.device, keep=self.room(),
+                progress=lambda batches, text: progress(batches, total=len(ordered), text=text),
+            )  # fmt: skip
+        except NoRoom as error:
+            if not free_choice:
+                raise
+            print(printable(f"{error}\nThe features are computed anew in each epoch."))
+            return LiveFeatures(loader, self.extract, self.device)
+        finally:
+            ordered.end_workers()
         return CachedFeatures(loader, store, self.device)
 
 
 def find_checkpoints(path: Path, class_names: Sequence[str]) -> list[Path]:
-    """A file itself; in a run folder its last.pt, or those of the single classes that are asked for.
+    """A file itself; in a run folder its last.pt, or those of the single classes that are asked for; in a folder with
+    one run in it that run's.
 
     Raises:
-        UsageError: a folder without checkpoints, or without one of a class.
+        UsageError: a folder without checkpoints, without one of a class, or with several runs in it.
     """
     if not path.is_dir():
         return [path]
-    if (path / "last.pt").is_file():
-        return [path / "last.pt"]
-    found = {p.parent.name: p for p in sorted(path.glob("*/last.pt"))}
+    if (path / LAST).is_file():
+        return [path / LAST]
+    runs = [p.parent for p in sorted(path.glob("*/config.json")) if holds_model(p.parent)]
+    if len(runs) > 1:
+        names = ", ".join(run.name for run in runs)
+        raise UsageError(f"--eval_ckpt: {path} holds {len(runs)} runs; name one of them: {names}")
+    if runs:
+        return find_checkpoints(runs[0], class_names)
+    found = {p.parent.name: p for p in sorted(path.glob(ANY))}
     if not found:
         raise UsageError(f"--eval_ckpt: expected a checkpoint or a run folder with a last.pt, but got {path}")
     for name in class_names:
         if name not in ("all", *found):
             raise UsageError(f"--class-names: {path} has no model of {name!r}; choose from all, {', '.join(found)}")
     return [p for name, p in found.items() if "all" in class_names or name in class_names]
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a run folder has a checkpoint, or one for a class."""
+    return (folder / LAST).is_file() or any(folder.glob(ANY))
 
 
 def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, Any], name: str) -> Config:
@@ -204,17 +235,32 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
         raise UsageError(f"--eval_ckpt: {name} is not a checkpoint of this program or of the released code")
     try:
         saved = from_dict(content["config"])
-    except (UsageError, AttributeError, TypeError) as error:
-        raise UsageError(f"--eval_ckpt: {name} holds settings that this version does not know") from error
+    except UsageError as error:
+        raise UsageError(f"--eval_ckpt: {name} holds settings that this version does not know ({error})") from error
+    refuse_scheme(saved, chosen, name)
     refuse_others(saved, chosen, name)
     own = tuple(content["classes"])
     here: dict[str, Any] = {
         "device": config.run.device, "work_dir": config.run.work_dir, "workers": config.data.workers,
-        "compile": config.train.compile, "resume": False, "pre_extract": False,
+        "offline": config.run.offline, "compile": config.train.compile, "resume": False, "pre_extract": False,
         "cache": "none" if saved.data.cache == "none" else "auto",
     }  # fmt: skip
+    here |= asdict(config.predict)  # what is written where is never a checkpoint's to say
     values = flat(to_dict(saved)) | here | chosen | {"class_names": asked_classes(config, saved, own, name)}
     return make_config(**values)
+
+
+def refuse_scheme(saved: Config, chosen: dict[str, Any], name: str) -> None:
+    """Raise `UsageError` if a checkpoint names an extractor from elsewhere, such as hf-hub:USER/MODEL, by itself.
+
+    What lies there may be anything, so the user has to name it, too.
+    """
+    extractor = saved.model.extractor
+    if (":" in extractor or "/" in extractor) and chosen.get("extractor") != extractor:
+        raise UsageError(
+            f"--extractor: {name} wants {extractor!r} from outside of timm, which a checkpoint alone cannot ask for; "
+            "add it to the command if you trust it"
+        )
 
 
 def refuse_others(saved: Config, chosen: dict[str, Any], name: str) -> None:
@@ -283,6 +329,8 @@ def load_detector(content: dict[str, Any], stage: Stage, name: str) -> Detector:
             raise UsageError(
                 f"--weights: {name} was trained on other weights of {config.model.extractor} than the ones here"
             )
+        with torch.device("meta"):  # sizes first: the settings of a damaged checkpoint may claim any
+            refuse_misfit(stage.build_flow().state_dict(), content["model"], name)
         flow = stage.build_flow()
         load_strictly(flow, content["model"], name)
         detector = stage.build_detector(flow, load_scorer(content, config.model, stage.extractor.channels, name))

@@ -23,15 +23,15 @@ class Supply:
     """What a training run is fed with.
 
     Attributes:
-        training: shuffled batches of a sub epoch, `steps` of them.
+        training: shuffled batches of a sub epoch, `batches` of them, and how many of the first ones are left out.
         everything: all `images` training images in order.
         sample: a fixed sample of the training images.
         units: held-out normal images that the units of the scores come from, None if none are held out.
         deciding: others of them, whose scores give the thresholds.
     """
 
-    training: Callable[[int], Iterable[FeatureBatch]]
-    steps: int
+    training: Callable[[int, int], Iterable[FeatureBatch]]
+    batches: int
     everything: Passes
     images: int
     sample: Passes
@@ -52,12 +52,12 @@ def supply_of(stage: Stage, source: Source, kept: ImageFolder, held_out: ImageFo
     everything, sample = stage.ordered_features(kept), stage.ordered_features(kept, evenly_spread(kept))
     units, deciding = (held_features(stage, held_out, numbers) for numbers in roles(held_out))
 
-    def training(sub: int) -> Iterable[FeatureBatch]:
-        text = f"sub epoch {sub + 1}/{total}"
-        return progress(source.epoch(sub), total=len(source), text=text, more=total - sub - 1)
+    def training(sub: int, skipped: int) -> Iterable[FeatureBatch]:
+        text, left = f"sub epoch {sub + 1}/{total}", len(source) - skipped
+        return progress(source.epoch(sub, skipped), total=left, text=text, more=total - sub - 1)
 
     return Supply(
-        training=training, steps=len(source), images=len(kept), sample=lambda: sample.epoch(0),
+        training=training, batches=len(source), images=len(kept), sample=lambda: sample.epoch(0),
         everything=lambda: progress(everything.epoch(0), total=len(everything), text="first look"),
         units=units, deciding=deciding,
     )  # fmt: skip

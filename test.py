@@ -12,12 +12,12 @@ from torch import Tensor
 
 from datasets import are_unseen, build_datasets, present_classes, protocols, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
-from datasets.folder import Protocol
+from datasets.folder import ImageFolder, Protocol
 from default import Config, EvalConfig, UsageError
 from models.decision import Verdict
 from models.detector import Detector
 from models.scorer import image_scores
-from show import pictured, present
+from show import pictured, present, spared
 from stage import Stage, find_checkpoints, image_readings, load_detector, normalization_of, settled_config
 from utils.metrics import ClassAccumulator, mean_results
 from utils.metrics.bootstrap import bootstrap
@@ -131,47 +131,72 @@ def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield index, (class_index == index).nonzero().flatten()
 
 
-def finish(
-    folder: Path,
-    config: Config,
-    parts: Sequence[EvalResult],
-    best: dict[str, dict[str, float]] | None,
-    pages: dict[str, ClassPage],
-    *,
-    unseen: bool,
-) -> None:
-    """Write the tables of all `parts` (one, or one per single-class model) and the report into the run folder.
+class Ended:
+    """What is written when models have been evaluated: the scores of all images so far, the tables, and only then
+    pictures and report, without which nothing is lost.
 
-    `unseen`: no image that calibrates was trained on.
+    Args:
+        folder: the run folder.
+        config: of the run.
+        unseen: no image that calibrates was trained on.
     """
+
+    def __init__(self, folder: Path, config: Config, *, unseen: bool = True) -> None:
+        self.folder, self.config, self.unseen = folder, config, unseen
+        self.best: dict[str, dict[str, float]] | None = None  # see `Results`
+        self.parts: list[EvalResult] = []
+        self._pages: dict[str, ClassPage] = {}
+        self._table = ""
+
+    def add(self, part: EvalResult) -> None:
+        """A model's evaluation."""
+        self.parts.append(part)
+        if part.images:
+            write_scores(self.folder, (image for part in self.parts for image in part.images))
+
+    def write_tables(self) -> None:
+        """The tables of all that was added."""
+        self._table = write_results(self.folder, results_of(self.parts, self.config, self.best, self.unseen))
+
+    def show(
+        self, stage: Stage, detector: Detector, sets: tuple[ImageFolder, ImageFolder, ImageFolder], share: int
+    ) -> None:
+        """Pictures of what was added last: see `present`."""
+        self._pages |= present(stage, detector, sets, self.parts[-1], self.folder / "pictures", share)
+
+    def report(self) -> None:
+        """Write the report, and say what was found and where it is."""
+        lines = [self._table, f"run folder: {self.folder}"]
+        if self._pages:
+            rows = comparison_rows(self.config.data.dataset) if self.config.compared else []
+            decided = Decided.joined([part.decided for part in self.parts if part.decided is not None])
+            with spared(self.folder / "report.html"):
+                path = report_run(
+                    self.folder, self._pages, self.config, unseen=self.unseen, decided=decided, published=rows
+                )
+                lines.append(f"report: {path}")
+        print("\n".join(lines))  # when all is written
+
+
+def results_of(
+    parts: Sequence[EvalResult], config: Config, best: dict[str, dict[str, float]] | None, unseen: bool
+) -> Results:
+    """All `parts` (one, or one per single-class model) together."""
     classes = {name: result for part in parts for name, result in part.classes.items()}
     by_name: dict[str, list[ImageResult]] = {name: [] for name in classes}
     for image in (image for part in parts for image in part.images):
         by_name[image.class_name].append(image)
     drawn = {name: ([i.label for i in images], [i.score for i in images]) for name, images in by_name.items()}
-    count = config.eval.bootstrap
-    evaluated = any(by_name.values())
-    intervals = bootstrap(drawn, count, config.run.seed) if count and evaluated else None
+    count, evaluated = config.eval.bootstrap, any(by_name.values())
     chosen = [(image.concept, image.class_name) for part in parts for image in part.images if image.concept is not None]
     shared = config.data.multi_class  # models of their own have concepts of their own
-    concepts = agreement(*zip(*chosen, strict=True)) if chosen and shared and len(classes) > 1 else None
-    decided = Decided.joined([part.decided for part in parts if part.decided is not None])
-    results = Results(
-        classes=classes,
-        best_on_test=best,
-        intervals=intervals,
-        concepts=concepts,
-        config=config,
-        evaluated=evaluated,
-        decided=decided if evaluated else None,
-        unseen=unseen,
+    return Results(
+        classes=classes, best_on_test=best, config=config, evaluated=evaluated, unseen=unseen,
+        intervals=bootstrap(drawn, count, config.run.seed) if count and evaluated else None,
+        concepts=agreement(*zip(*chosen, strict=True)) if chosen and shared and len(classes) > 1 else None,
+        decided=Decided.joined([p.decided for p in parts if p.decided is not None]) if evaluated else None,
         extra={name: metrics for part in parts for name, metrics in part.extra.items()},
-    )
-    lines = [write_results(folder, results), f"run folder: {folder}"]
-    if pages:
-        rows = comparison_rows(config.data.dataset) if config.compared else []
-        lines.append(f"report: {report_run(folder, pages, config, unseen=unseen, decided=decided, published=rows)}")
-    print("\n".join(lines))  # when all is written
+    )  # fmt: skip
 
 
 def on_classes_there(content: dict[str, Any], config: Config, chosen: dict[str, Any]) -> Config | None:
@@ -191,10 +216,7 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         chosen: what the preset and the user chose by name; a checkpoint's own settings stand for the rest.
     """
     assert config.eval.eval_ckpt is not None
-    folder: Path | None = None
-    parts: list[EvalResult] = []
-    pages: dict[str, ClassPage] = {}
-    unseen = True
+    ended: Ended | None = None
     paths = find_checkpoints(Path(config.eval.eval_ckpt), config.data.class_names)
     for path in paths:
         content = read_checkpoint(path)
@@ -213,19 +235,19 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         batches = progress(source.epoch(0), total=len(source), text="evaluation")
         extra = protocols(own.data, class_names, test.items)
         with stage.reading():
-            parts.append(
-                evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), extra=extra)
-            )
-        folder = folder or new_run(own)
-        write_scores(folder, (image for part in parts for image in part.images))
+            found = evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), extra=extra)
         sets = (*split_holdout(train, own.data.holdout), test)
-        unseen = unseen and are_unseen(*sets[:2])
-        pages |= present(stage, detector, sets, parts[-1], folder / "pictures", len(class_names) * len(paths))
-    if folder is None:
+        ended = ended or Ended(new_run(own), own)
+        ended.unseen &= are_unseen(*sets[:2])
+        ended.add(found)
+        names = tuple(name for part in ended.parts for name in part.classes)
+        ended.config = replace(own, data=replace(own.data, class_names=names))
+        write_config(ended.folder, ended.config)
+        ended.write_tables()  # anew with each model: whether another one has test images is not known yet
+        ended.show(stage, detector, sets, len(class_names) * len(paths))
+    if ended is None:
         raise UsageError(
             f"--data-path: no class of {config.eval.eval_ckpt} with test images is there; --mode predict judges images "
             "without labels"
         )
-    own = replace(own, data=replace(own.data, class_names=tuple(n for part in parts for n in part.classes)))
-    write_config(folder, own)
-    finish(folder, own, parts, None, pages, unseen=unseen)
+    ended.report()

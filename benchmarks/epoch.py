@@ -29,7 +29,7 @@ from models.extractor import FrozenExtractor
 from models.first_look import first_look
 from models.vqflow import VQFlow, pool_features
 from stage import Stage
-from train import train_epoch
+from steps import train_epoch
 
 
 def released_epoch(stage: Stage, model: VQFlow, dataset: ImageFolder) -> None:

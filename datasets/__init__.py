@@ -28,7 +28,7 @@ from datasets.checks import check_items
 from datasets.folder import DatasetSpec, ImageFolder, Item, Protocol, Scan
 from datasets.reading import Reading, check_flags, decide
 from default import DataConfig, UsageError
-from utils.run.text import printable
+from utils.run.text import one_line
 
 CALIBRATION = 16  # training images per class that calibrate where none are held out
 DEFAULT_LAYOUT = "{}/CLASS/train/good, or good images alone"
@@ -105,7 +105,7 @@ def present_classes(data: DataConfig, class_names: Sequence[str]) -> tuple[str, 
     there = tuple(name for name in class_names if is_there(data, name))
     if len(there) < len(class_names):
         names = ", ".join(there) or "none"
-        print(printable(f"{root} holds {len(there)} of the model's {len(class_names)} classes: {names}"))
+        print(one_line(f"{root} holds {len(there)} of the model's {len(class_names)} classes: {names}"))
     return there
 
 
@@ -141,6 +141,14 @@ def build_datasets(
         protocol.check()
     made = ImageFolder(train, data.input_size, None, settled, data.max_pixels)
     return made, made.having(test, mask_size)
+
+
+def unlabelled(data: DataConfig) -> dict[str, list[Path]]:
+    """The images that lie in `test` itself, by class, of classes that have any; of a user's own images alone."""
+    if SPECS[data.dataset].classes or SPECS[data.dataset].found:
+        return {}
+    found = {name: walk.loose_images(class_folder(data, name) / "test") for name in resolve_classes(data)}
+    return {name: paths for name, paths in found.items() if paths}
 
 
 def scan_classes(data: DataConfig, class_names: Sequence[str]) -> dict[str, Scan]:
@@ -182,17 +190,17 @@ def settle(name: str, scan: Scan, data: DataConfig, readings: Mapping[str, Readi
 
 def announce(name: str, scan: Scan) -> None:
     """What there is of a class, and loudly what there is not."""
-    print(printable(scan.line(name)))
+    print(one_line(scan.line(name)))
     if not scan.test:
         count = scan.ignored.get("test", 0)
-        more = f"; its {count} images in test/ have no labels, --mode predict judges them" if count else ""
-        print(printable(f"warning: {name} has no test images: it is not evaluated{more}"), file=sys.stderr)
+        more = f"; its {count} images in test/ have no labels" if count else ""
+        print(one_line(f"warning: {name} has no test images: it is not evaluated{more}"), file=sys.stderr)
         return
     labels = {item.label for item in scan.test}
     for label, kind, lost in ((0, "good", "metrics that compare with them"), (1, "defective", "nearly all metrics")):
         if label not in labels:
             line = f"warning: {name} has no {kind} test images: {lost} are not defined for it and left out of the mean"
-            print(printable(line), file=sys.stderr)
+            print(one_line(line), file=sys.stderr)
 
 
 def tell_readings(readings: Mapping[str, Reading]) -> None:
@@ -201,7 +209,7 @@ def tell_readings(readings: Mapping[str, Reading]) -> None:
         names = [name for name, own in readings.items() if own == reading]
         whose = "all classes" if 1 < len(names) == len(readings) else ", ".join(names)
         if str(reading):
-            print(printable(f"{whose}: {reading}"))
+            print(one_line(f"{whose}: {reading}"))
 
 
 def evenly_spread(dataset: ImageFolder, share: float = 0.0) -> tuple[int, ...]:

@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,11 +26,14 @@ from torch.utils.data import DataLoader
 from datasets.folder import Batch, ImageFolder
 from datasets.masks import mask_files
 from default import UsageError
+from utils.run.lock import Hold, seized
 
 VERSION = 4  # of the folder's layout and of how images are read
 HALF_MAX = 65504.0
 SHARE = 0.95  # of the free space that features may take
-ABANDONED = 2 * 86400  # seconds after which a half-written folder is taken to be a dead process's
+ABANDONED = 2 * 86400  # seconds after which a half-written folder is a dead process's where no lock tells
+LOCK = "writer.lock"  # in a half-written folder, held by who writes it
+BLOCK = 1 << 20
 
 Extract = Callable[[Tensor], list[Tensor]]  # images (B, 3, H, W) -> pooled feature levels
 Progress = Callable[[DataLoader, str], Iterator[Batch]]
@@ -65,6 +69,12 @@ class FeatureSize:
         return cls(count=len(dataset), shapes=shapes, mask=-(-mask * mask // 8))
 
     @property
+    def layout(self) -> list[tuple[int, torch.dtype, tuple[int, ...]]]:
+        """Count, type and shape of an entry of each level and of the masks."""
+        levels = [(self.count, torch.float16, shape) for shape in self.shapes]
+        return [*levels, (self.count, torch.uint8, (self.mask,))]
+
+    @property
     def total(self) -> int:
         """Bytes."""
         return self.count * (sum(2 * h * w * c for h, w, c in self.shapes) + self.mask)
@@ -97,13 +107,14 @@ def free_space(place: str, root: Path, device: torch.device) -> float:
     return float("inf")
 
 
-def check_space(size: FeatureSize, place: str, root: Path, device: torch.device) -> str | None:
-    """What is wrong with keeping the features at `place`, None if they fit."""
-    free = free_space(place, root, device)
-    if size.total <= SHARE * free:
+def check_space(size: FeatureSize, place: str, root: Path, device: torch.device, keep: int = 0) -> str | None:
+    """What is wrong with keeping the features at `place`, None if they fit and `keep` bytes of a disk are left."""
+    free, keep = free_space(place, root, device), keep if place == "disk" else 0
+    if size.total <= min(SHARE * free, free - keep):
         return None
     where = {"disk": f"under {root}", "ram": "in memory", "device": f"on {device}"}[place]
-    return f"the {size} do not fit {where}, where {free / 1e9:.2f} GB are free"
+    others = f" and {keep / 1e9:.2f} are kept for checkpoints" if keep else ""
+    return f"the {size} do not fit {where}, where {free / 1e9:.2f} GB are free{others}"
 
 
 def open_store(folder: Path) -> FeatureStore:
@@ -143,27 +154,115 @@ def fill(store: FeatureStore, batches: Iterator[Batch], extract: Extract, device
         start = part.stop
 
 
+class NoRoom(UsageError):
+    """Features cannot be kept where they should be; they can be computed anew instead."""
+
+
+def allocate(folder: Path) -> None:
+    """Have the disk set aside what the files of an empty store take: a write into a memory-mapped file on a full disk
+    would kill the program.
+
+    Raises:
+        OSError: it has not that much.
+    """
+    for path in folder.glob("*.npy"):
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+                continue
+            file.seek(0, os.SEEK_END)  # elsewhere by writing; the header's part is there
+            start = path.read_bytes()[:128]
+            file.seek(0)
+            for place in range(0, size, BLOCK):
+                file.write(bytes(min(BLOCK, size - place)))
+            file.seek(0)
+            file.write(start)
+
+
+def sweep(root: Path) -> None:
+    """Remove half-written folders whose writer is dead: at once where the system tells, else when they are old."""
+    for old in root.glob("*.part"):
+        with contextlib.suppress(OSError):  # another process has just finished it, or it is another user's
+            if is_abandoned(old):
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def is_abandoned(part: Path) -> bool:
+    """Whether nobody writes a half-written folder any more."""
+    if (part / LOCK).is_file():
+        with seized(part / LOCK) as (_, hold):
+            if hold is not Hold.UNKNOWN:
+                return hold is Hold.OURS
+    return time.time() - part.stat().st_mtime > ABANDONED
+
+
 def build_folder(
     folder: Path, size: FeatureSize, ordered: DataLoader, extract: Extract, *, device: torch.device, progress: Progress
 ) -> None:
-    """Write the cache `folder`; another process may do the same at the same time."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for old in folder.parent.glob("*.part"):
-        with contextlib.suppress(FileNotFoundError):  # another process has just finished it
-            if time.time() - old.stat().st_mtime > ABANDONED:
-                shutil.rmtree(old, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
+    """Write the cache `folder`, which every user may read; another process may do the same at the same time.
+
+    Raises:
+        NoRoom: the disk is full, or the folder cannot be written.
+    """
+    part = folder.parent / f"{folder.name}.{secrets.token_hex(4)}.part"
     try:
-        store = disk_store(size, part)
-        fill(store, progress(ordered, str(size)), extract, device)
-        del store
         try:
-            part.replace(folder)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            sweep(folder.parent)
+            part.mkdir()
+            with seized(part / LOCK):
+                store = disk_store(size, part)
+                allocate(part)
+                fill(store, progress(ordered, str(size)), extract, device)
+                del store
+            (part / LOCK).unlink()
+            settle(part, folder)
+        except OSError as error:
+            raise NoRoom(f"--cache disk: cannot keep the {size} in {folder.parent}: {error.strerror}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def settle(part: Path, folder: Path) -> None:
+    """Move a whole folder to its place, unless another process was faster."""
+    try:
+        part.replace(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def kept_store(folder: Path, size: FeatureSize) -> FeatureStore | None:
+    """The cache `folder` if it is there and is what it should be; a damaged one is taken away, which is said.
+
+    Raises:
+        NoRoom: it is damaged, and not ours to take away.
+    """
+    if not folder.is_dir():
+        return None
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        store = open_store(folder)
+        if [(len(v), v.dtype, tuple(v.shape[1:])) for v in (*store.levels, store.masks)] == size.layout:
+            with contextlib.suppress(OSError):
+                os.utime(folder)  # when it was last used
+            return store
+    print(f"{folder} is damaged: it is made anew", file=sys.stderr)
+    try:
+        take_away(folder)
+    except OSError as error:
+        raise NoRoom(f"--cache disk: {folder} cannot be replaced: {error.strerror}") from error
+    return None
+
+
+def take_away(folder: Path) -> None:
+    """Remove a cache: out of its place first, as what is half gone must not be opened.
+
+    Raises:
+        OSError: it is not ours to remove.
+    """
+    gone = folder.rename(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part"))
+    shutil.rmtree(gone, ignore_errors=True)  # what remains is swept later
 
 
 def make_store(
@@ -174,24 +273,30 @@ def make_store(
     *,
     device: torch.device,
     progress: Progress,
+    keep: int = 0,
 ) -> FeatureStore:
     """Features of `ordered`'s images at `place` (disk, ram or device), read from `folder` where it is there.
 
+    `keep` bytes of the disk are left for other files.
+
     Raises:
-        UsageError: they do not fit.
+        NoRoom: they do not fit.
     """
-    if place == "disk" and folder.is_dir():
-        return open_store(folder)
     size = FeatureSize.of(ordered.dataset, extract, device)  # type: ignore[arg-type]
-    problem = check_space(size, place, folder.parent, device)
+    kept = kept_store(folder, size)
+    if place == "disk" and kept is not None:
+        return kept
+    problem = check_space(size, place, folder.parent, device, keep)
     if problem:
-        raise UsageError(f"--cache {place}: {problem}; use --cache none, or another place")
+        raise NoRoom(f"--cache {place}: {problem}; use --cache none, or another place")
     if place == "disk":
         build_folder(folder, size, ordered, extract, device=device, progress=progress)
-        return open_store(folder)
+        made = kept_store(folder, size)
+        if made is None:
+            raise NoRoom(f"--cache disk: {folder} is gone as soon as it is written; is it being cleared?")
+        return made
     store = memory_store(size, place, device)
-    if folder.is_dir():
-        kept = open_store(folder)
+    if kept is not None:
         for target, source in zip((*store.levels, store.masks), (*kept.levels, kept.masks), strict=True):
             target.copy_(source)
     else:

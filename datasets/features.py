@@ -45,10 +45,11 @@ class LiveFeatures:
         """Batches in a pass."""
         return len(self.loader)
 
-    def epoch(self, number: int) -> Iterator[FeatureBatch]:
-        """One pass; a shuffled loader's order depends on its seed and on `number` alone."""
+    def epoch(self, number: int, skipped: int = 0) -> Iterator[FeatureBatch]:
+        """One pass; a shuffled loader's order depends on its seed and on `number` alone. It can leave out its first
+        `skipped` batches without reading them."""
         if hasattr(self.loader.sampler, "set_epoch"):
-            self.loader.sampler.set_epoch(number)
+            self.loader.sampler.set_epoch(number, skipped * (self.loader.batch_size or 1))
         return prefetched(map(self._features, iter(self.loader)), self.device)
 
     def _features(self, batch: Batch) -> FeatureBatch:
@@ -70,10 +71,11 @@ class CachedFeatures:
         """Batches in a pass."""
         return len(self.loader)
 
-    def epoch(self, number: int) -> Iterator[FeatureBatch]:
-        """One pass; a shuffled loader's order depends on its seed and on `number` alone."""
+    def epoch(self, number: int, skipped: int = 0) -> Iterator[FeatureBatch]:
+        """One pass; a shuffled loader's order depends on its seed and on `number` alone. It can leave out its first
+        `skipped` batches without reading them."""
         if hasattr(self.loader.sampler, "set_epoch"):
-            self.loader.sampler.set_epoch(number)  # type: ignore[union-attr]
+            self.loader.sampler.set_epoch(number, skipped * (self.loader.batch_size or 1))  # type: ignore[union-attr]
         return prefetched(map(self.read, self.loader.batch_sampler), self.device)  # type: ignore[arg-type]
 
     def read(self, indices: Sequence[int]) -> FeatureBatch:

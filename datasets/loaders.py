@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,23 +12,25 @@ from torch.utils.data import DataLoader, Sampler
 
 from datasets.folder import ImageFolder, Sample, collate
 from default import UsageError
+from utils.run.stop import end_with_parent, quietly_started
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation that depends on `seed` and the epoch set by `set_epoch`, not on what was drawn before."""
+    """A permutation that depends on `seed` and the epoch set by `set_epoch`, not on what was drawn before; without its
+    first `skipped` numbers."""
 
     def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
+        self.count, self.seed, self.epoch, self.skipped = count, seed, 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, skipped: int = 0) -> None:
+        self.epoch, self.skipped = epoch, skipped
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.count, generator=generator).tolist()
+        yield from torch.randperm(self.count, generator=generator)[self.skipped :].tolist()
 
 
 class Guarded(torch.utils.data.Dataset):
@@ -60,7 +63,7 @@ class ImageLoader(DataLoader):
     """
 
     def __iter__(self) -> Any:
-        for batch in super().__iter__():
+        for batch in quietly_started(super().__iter__):
             if isinstance(batch, str):
                 raise UsageError(batch)
             yield batch
@@ -70,6 +73,11 @@ class ImageLoader(DataLoader):
         if self._iterator is not None:
             self._iterator._shutdown_workers()  # type: ignore[attr-defined]  # PyTorch has no public way
             self._iterator = None
+
+
+def begin_worker(parent: int, _: int) -> None:
+    """What a worker process does first; it is given its number."""
+    end_with_parent(parent)
 
 
 def resolve_workers(workers: int | None, device_type: str) -> int:
@@ -88,6 +96,7 @@ def _loader(dataset: ImageFolder, batch_size: int, workers: int, pin_memory: boo
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=partial(begin_worker, os.getpid()) if workers else None,
         generator=torch.Generator(),  # a loader draws a seed per pass: not from the stream of the model's choices
         **options,
     )

@@ -31,6 +31,8 @@ REDUCED_OR_MASK = 5  # bits of a TIFF page's subfile type: a smaller copy of a p
 ONE_PICTURE = ("MPO", "PSD")  # further frames are a phone's second lens, or layers of the same picture
 DEPTHS = (8, 10, 12, 14, 16, 20, 24, 32)  # bits that cameras and files have
 MAX_PIXELS: int = DataConfig().max_pixels
+MAX_SIDE = 1 << 18  # resizing takes 48 bytes for each pixel of a side, however narrow the image is
+DEEP_COUNTS = 4  # of a pixel's values beyond 8 bits, which are computed with in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,30 +103,37 @@ def _header(path: Path, max_pixels: int) -> Header:
             page: Any = tiff.pages[0]
             pages = [p for p in tiff.pages if not int(tag_of(p, 254, 0)) & REDUCED_OR_MASK]
             width, height = int(page.imagewidth), int(page.imagelength)
-            check_size(path, (width, height), max_pixels)
+            deep = max(np.ravel(page.bitspersample)) > 8 or page.sampleformat not in (None, 1, 4)
+            check_size(path, (width, height), max_pixels, deep=bool(deep))
             if len(pages) > 1:
                 raise UsageError(f"{path}: holds {len(pages)} pages; expected one image a file")
-            deep = max(np.ravel(page.bitspersample)) > 8 or page.sampleformat not in (None, 1, 4)
             return Header(size=(width, height), format="TIFF", deep=bool(deep), alpha=bool(page.extrasamples))
     with Image.open(path) as image:
-        check_size(path, image.size, max_pixels)
+        deep = is_deep(image, path)
+        check_size(path, image.size, max_pixels, deep=deep)
         if getattr(image, "is_animated", False) and image.format not in ONE_PICTURE:
             raise UsageError(f"{path}: holds several frames; expected one image a file")
-        return Header(
-            size=image.size, format=image.format or "", deep=is_deep(image, path), alpha=has_transparency(image)
-        )
+        return Header(size=image.size, format=image.format or "", deep=deep, alpha=has_transparency(image))
 
 
 def tag_of(page: Any, code: int, default: Any) -> Any:
     return page.tags.valueof(code, default)
 
 
-def check_size(path: Path, size: tuple[int, int], max_pixels: int) -> None:
-    if size[0] * size[1] > max_pixels:
+def check_size(path: Path, size: tuple[int, int], max_pixels: int, *, deep: bool = False) -> None:
+    """Raise `UsageError` if an image (width, height) would take more memory than is meant for one.
+
+    A pixel of a deep image counts `DEEP_COUNTS` times.
+    """
+    count = size[0] * size[1] * (DEEP_COUNTS if deep else 1)
+    if count > max_pixels:
+        deeper = f" of more than 8 bits, which count {DEEP_COUNTS} times," if deep else ""
         raise UsageError(
-            f"{path}: {size[0]} x {size[1]} = {size[0] * size[1]} pixels are more than --max-pixels {max_pixels}; "
-            "give a higher number if the file is what it should be"
+            f"{path}: {size[0]} x {size[1]} = {size[0] * size[1]} pixels{deeper} are more than --max-pixels "
+            f"{max_pixels}; give a higher number if the file is what it should be"
         )
+    if max(size) > MAX_SIDE:
+        raise UsageError(f"{path}: {size[0]} x {size[1]} pixels are more than {MAX_SIDE} on a side; cut it into parts")
 
 
 def is_deep(image: Any, path: Path) -> bool:

@@ -15,6 +15,7 @@ from default import VISA_CLASSES, UsageError
 SPLITS = Path("split_csv")
 SPLIT = SPLITS / "1cls.csv"
 COLUMNS = {"object", "split", "label", "image", "mask"}
+KNOWN = {"split": ("train", "test"), "label": ("normal", "anomaly")}  # what may stand in a column
 
 
 def scan_visa(folder: Path, class_index: int, good_names: Sequence[str]) -> Scan:
@@ -58,15 +59,39 @@ def _order(item: Item) -> tuple:
 
 
 def row_item(row: dict[str, str], root: Path, class_index: int, split: Path) -> Item:
-    """The image of one row of the split file."""
-    path, bad = root / row["image"], row["label"] != "normal"
-    mask = root / row["mask"] if bad else None
+    """The image of one row of the split file.
+
+    Raises:
+        UsageError: a split or label that VisA does not have, a path that leads out of the class's folder, or a file
+            that is missing.
+    """
+    for column, known in KNOWN.items():
+        if row[column] not in known:
+            raise UsageError(
+                f"--data-path: {root / split}: expected {' or '.join(known)} as {column} of {row['image']}, but got "
+                f"{row[column]!r}"
+            )
+    bad = row["label"] != "normal"
+    path = inside(root, row["object"], row["image"], split)
+    mask = inside(root, row["object"], row["mask"], split) if bad and row["mask"] else root if bad else None
     if not path.is_file():
         raise UsageError(f"--data-path: {split} lists {path}, which is missing")
     if mask is not None and not mask.is_file():
         raise UsageError(f"{path}: no mask at {mask if row['mask'] else f'its row of {root / split}'}")
     kind = "bad" if bad else GOOD
     return Item(path=path, mask_path=mask, label=int(bad), class_index=class_index, kind=kind, name=path.stem)
+
+
+def inside(root: Path, name: str, place: str, split: Path) -> Path:
+    """A file in the folder of the class `name`, from what the file of splits says.
+
+    Raises:
+        UsageError: it says another place.
+    """
+    parts = Path(place).parts
+    if "\0" in place or ".." in parts or parts[:1] != (name,):
+        raise UsageError(f"--data-path: {root / split} lists {place!r}, which is not in the folder of {name}")
+    return root / place
 
 
 def read_split(path: Path) -> list[dict[str, str]]:

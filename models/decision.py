@@ -9,6 +9,11 @@ the rate holds for its images by themselves.
 Too few images (n < 1 / rate - 1) say nothing about so low a rate. Then the threshold is extrapolated from a generalized
 Pareto distribution of the highest scores (Pickands, 1975), fitted by probability-weighted moments (Hosking and Wallis,
 Technometrics 29, 1987), and is called an estimate.
+
+Scores of training images decide nothing with a guarantee. The memory could leave each of them out, which is
+cross-conformal (Vovk, arXiv 1208.0806) and has a false-alarm rate of at most twice r, about r in practice (jackknife+,
+Barber et al., Annals of Statistics 49, 2021, theorem 1); but the flow's part of a score has seen the image, and the sum
+of both is not exchangeable with a new one's.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from default import ModelConfig, UsageError
 from models.vqflow import VQFlow
-from utils.run.checkpoint import read_checkpoint
+from utils.run.checkpoint import first_broken, read_checkpoint
 
 PARTS = (
     "parallel_flows", "fusion_flow", "semantic_encoder", "semantic_mlp", "upsamplers", "feature_mlps",
@@ -80,7 +80,7 @@ def load_official(
     model = VQFlow(config if isinstance(config, ModelConfig) else official_config(config), channels)
     try:
         state = converted(checkpoint, channels)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UsageError(
             f"{name}: not a whole checkpoint of the released code (expected the parts {', '.join(PARTS)})"
         ) from error
@@ -91,12 +91,20 @@ def load_official(
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load `state`; names and shapes must all agree.
+    """Load `state`; names and shapes must all agree, and values be finite.
 
     Raises:
-        UsageError: naming the first tensor that is missing, left over or of another shape.
+        UsageError: naming the first tensor that is missing, left over or of another shape, or holds NaN or infinity.
     """
-    own = model.state_dict()
+    refuse_misfit(model.state_dict(), state, name)
+    broken = first_broken(state)
+    if broken is not None:
+        raise UsageError(f"{name}: {broken} holds NaN or infinity: the training that wrote it had diverged")
+    model.load_state_dict(state)
+
+
+def refuse_misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
+    """Raise `UsageError`, naming the tensor, unless `state` has the names and shapes of `own`."""
     for key in [*own, *state]:
         if key not in state or key not in own:
             where = "lacks" if key not in state else "has, but the model does not have,"
@@ -106,7 +114,6 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
                 f"{name}: made with other options than asked for: {key} is {tuple(state[key].shape)}, "
                 f"expected {tuple(own[key].shape)}"
             )
-    model.load_state_dict(state)
 
 
 def converted(checkpoint: Mapping[str, Any], channels: Sequence[int]) -> dict[str, Tensor]:

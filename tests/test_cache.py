@@ -66,7 +66,7 @@ def test_a_whole_cache_is_read_again_and_memory_is_filled_from_it(tmp_path: Path
     assert calls == [1, 4, 4, 1]  # one black image for the size, then all
     for place in ("disk", "ram"):
         again = store(place, folder, images, calls)
-        assert sum(calls) <= 11
+        assert sum(calls) <= 12  # one more image each time
         assert all(torch.equal(a, b) for a, b in zip(first.levels, again.levels, strict=True))
 
 

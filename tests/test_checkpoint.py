@@ -3,6 +3,8 @@
 import io
 import pickle
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from default import UsageError
 from utils.run.checkpoint import FORMAT, read_checkpoint, write_checkpoint
 from utils.run.log import RunLog, read_lines
 from utils.run.seed import random_state, restore_random_state, seed_everything
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Trap:
@@ -36,6 +40,31 @@ def test_round_trip(tmp_path: Path) -> None:
     assert (read["format"], read["epoch"], read["best"]) == (FORMAT, 3, content["best"])
     assert torch.equal(read["model"]["w"], content["model"]["w"])
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
+def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path: Path) -> None:
+    """In another process, whose files may have no more than 100,000 bytes: the system's own error."""
+    program = """
+import resource, sys
+from pathlib import Path
+import torch
+from utils.run.checkpoint import write_checkpoint
+from utils.run.writer import write_whole
+folder = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for name, write in (("last.pt", lambda path: write_checkpoint(path, {"model": torch.ones(50_000)})),
+                    ("scores.csv", lambda path: write_whole(path, b"x" * 200_000))):
+    (folder / name).write_text("old")
+    try:
+        write(folder / name)
+    except OSError as error:
+        assert error.filename == str(folder / name), error
+        print(name, (folder / name).read_text())
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("last.pt old\nscores.csv old\n", "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "scores.csv"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -128,3 +157,18 @@ def test_a_log_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     log = RunLog(tmp_path, kept=1, config={}, tensorboard=False, wandb=False)
     log.write({"epoch": 2, "loss": 1.5})
     assert read_lines(log.path) == [{"epoch": 1, "loss": None}, {"epoch": 2, "loss": 1.5}]
+
+
+BAD = [b"", b"{", b"null", b"[1, 2]", b'{"epoch": "1"}', b'{"loss": 1}', b"\xff\xfe\x00", b"[" * 100_000, b"{}"]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_bad_line_costs_no_other(tmp_path: Path, bad: bytes, place: int, capsys: pytest.CaptureFixture) -> None:
+    path, whole = tmp_path / "metrics.jsonl", [b'{"epoch": %d}' % n for n in (1, 2, 3)]
+    path.write_bytes(b"\n".join([*whole[:place], bad, *whole[place:]]) + b"\n")
+    assert [entry["epoch"] for entry in read_lines(path)] == [1, 2, 3]
+    said = f"warning: {path}: line {place + 1} is damaged and left out\n"
+    assert capsys.readouterr().err == (said if bad else "")
+    RunLog(tmp_path, kept=2, config={}, tensorboard=False, wandb=False).write({"epoch": 3, "new": 1})
+    assert path.read_text(encoding="utf-8") == '{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3, "new": 1}\n'

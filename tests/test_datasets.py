@@ -178,6 +178,21 @@ def test_bad_split_files_are_named(tmp_path: Path) -> None:
             whole.replace("Normal/0001.JPG", "Normal/9.JPG"),
             r"--data-path: .*1cls\.csv lists .*9\.JPG, which is missing",
         ),
+        (
+            whole.replace(",test,", ",tset,", 1),
+            r"1cls\.csv: expected train or test as split of .*'tset'",
+        ),
+        (
+            whole.replace(",anomaly,", ",bad,", 1),
+            r"expected normal or anomaly as label of .*, but got 'bad'",
+        ),
+        (
+            whole.replace("candle/Data/Images/Normal/0001", "../secret"),
+            r"lists '\.\./secret\.JPG', which is not",
+        ),
+        (whole.replace("candle/Data/Images/Normal/0001", "/etc/a"), r"lists '/etc/a\.JPG', which is not in the folder"),
+        (whole.replace("candle/Data/Masks", "candle/../../Masks", 1), r"which is not in the folder of candle"),
+        (whole.replace("candle/Data/Masks", "pcb1/Data/Masks", 1), r"which is not in the folder of candle"),
         ("object,label\ncandle,normal\n", "--data-path: .*1cls.csv: expected the columns image, label, mask"),
         ("", "--data-path: .*1cls.csv: expected the columns"),
         ("object,split,label,image,mask\nfryum,train\n", "lists no training or no test images of candle"),

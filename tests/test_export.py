@@ -17,7 +17,8 @@ from PIL import Image
 from benchmarks import engines
 from datasets import build_datasets
 from datasets.transforms import to_picture
-from default import PRECISIONS, __version__, from_dict
+from default import PRECISIONS, UsageError, __version__, from_dict
+from detector import load_detector as load_image_detector
 from export import DECIDED, SCORED, Exported
 from fake_data import METHOD, TINY, load_image, make_mvtec
 from main import main
@@ -83,7 +84,10 @@ def numbers(rows: list[dict[str, str]], name: str) -> np.ndarray:
 def test_a_folder_is_exported_as_a_whole(folder: Path, lines: list[str]) -> None:
     names = ["model.onnx", "model.float16.onnx", "model.int8.onnx"]
     assert [line.split(":")[0] for line in lines] == [str(folder / "bottle" / name) for name in names]
-    assert all("(B, 64, 64, 3) -> map, score, p_value, threshold, verdict, mask; " in line for line in lines)
+    assert all(
+        "(B, 64, 64, 3) -> map, score, p_value, threshold, verdict, mask, pixel_threshold, concept; " in line
+        for line in lines
+    )
     assert "; 3 images of noise: 3 of 3 verdicts equal, scores off by " in lines[0]
     assert all("; 6 normal images: " in line and " of 6 verdicts equal" in line for line in lines[1:])
 
@@ -191,8 +195,77 @@ def test_a_model_without_thresholds_gives_map_and_score(folder: Path) -> None:
     stage = Stage(from_dict(content["config"]))
     content["decision"] = None
     exported = Exported(stage.extractor, load_detector(content, stage, ""), stage.config.eval).eval()
-    assert exported.names == SCORED
-    assert [tuple(v.shape) for v in exported(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))] == [(2, 48, 48), (2,)]
+    assert exported.names == (*SCORED, "concept")
+    shapes = [tuple(v.shape) for v in exported(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))]
+    assert shapes == [(2, 48, 48), (2,), (2,)]
+
+
+# --- the file in the program
+
+
+def test_a_file_judges_like_its_checkpoint(
+    folder: Path, lines: list[str], expected: EvalResult, tmp_path: Path
+) -> None:
+    model = folder / "bottle" / "model.onnx"
+    file, original = load_image_detector(model, device="cpu"), load_image_detector(folder, device="cpu")
+    paths = [image.path for image in expected.images]
+    for found, wanted in zip(file(paths), original(paths), strict=True):
+        off = 1e-3 * np.abs(wanted.map).max()
+        np.testing.assert_allclose(found.map, wanted.map, atol=off)
+        assert found.map.shape == found.mask.shape == (64, 64)
+        limits = (found.threshold, found.pixel_threshold)
+        assert limits == pytest.approx((wanted.threshold, wanted.pixel_threshold), rel=1e-5)
+        if abs(wanted.score - wanted.threshold) > off:
+            assert (found.defective, found.p_value) == (wanted.defective, pytest.approx(wanted.p_value))
+        assert (found.concept, found.class_name) == (wanted.concept, "bottle")
+    assert (file.engine, file.decides, file.rules()) == ("onnxruntime", True, original.rules())
+    Image.fromarray(np.arange(81, dtype=np.uint16).reshape(9, 9) * 3).save(tmp_path / "deep.png")
+    words = ["--mode", "predict", "--eval_ckpt", str(model), "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main([*words, "--save-masks", *paths, str(tmp_path / "deep.png")]) == 1
+    with (tmp_path / "out" / "scores.csv").open(encoding="utf-8") as opened:
+        rows = list(csv.DictReader(opened))
+    assert rows.pop()["error"] == "has more than 8 bits per channel, an ONNX file takes 8; give the checkpoint"
+    assert [row["path"] for row in rows] == paths
+    assert {(row["concept"], row["error"]) for row in rows} == {("bottle", "")}
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == len(paths)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--false-alarm-rate", "0.1"], "--false-alarm-rate: MODEL has its own 0.2; leave it out, or export the model"),
+        (["--k-cpc", "3"], "--k-cpc: MODEL has its own; leave it out"),
+        (["--engine", "torch"], "MODEL is an ONNX file; leave it out, or give the checkpoint"),
+        (["--class-names", "grid"], "--class-names: MODEL is no model of 'grid'; choose from all, bottle"),
+        (["--device", "mps"], "--device: onnxruntime, as it is installed here, computes on cpu, not on mps"),
+    ],
+)
+def test_what_a_file_fixes_is_refused(
+    folder: Path, lines: list[str], words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(folder / "bottle" / "model.onnx")
+    assert main(["--mode", "predict", "--eval_ckpt", model, "docs", *words]) == 2
+    said = capsys.readouterr().err
+    assert expected.replace("MODEL", model) in said
+    assert said.count("\n") == 1
+
+
+def test_what_is_no_file_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises(UsageError, match="no such file"):
+        load_image_detector(path)
+    path.write_bytes(b"no model")
+    with pytest.raises(UsageError, match=r"cannot read .* as an ONNX file"):
+        load_image_detector(path)
+    make, kind = onnx.helper, onnx.TensorProto.FLOAT
+    values = [make.make_tensor_value_info(name, kind, [1]) for name in ("image", "out")]
+    graph = make.make_graph([make.make_node("Identity", ["image"], ["out"])], "other", values[:1], values[1:])
+    onnx.save(make.make_model(graph, ir_version=10, opset_imports=[make.make_opsetid("", 20)]), path)
+    with pytest.raises(UsageError, match="is not an ONNX file of --mode export"):
+        load_image_detector(path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UsageError, match=r"package onnxruntime is not installed; pip install -e '.\[exp"):
+        load_image_detector(path)
 
 
 def test_precision_needs_normal_images(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """Imports go one way.
 
-default <- utils <- datasets, models <- stage <- supply, show <- test, export, detector <- train, predict <- main;
-datasets <- inspect_data <- main; detector <- submit <- main.
+default <- utils <- datasets, models <- stage, steps <- resume, supply, show <- test, trainer, export <- engine
+<- detector <- train, predict, submit <- main; datasets <- inspect_data <- main.
 """
 
 import ast
@@ -16,13 +16,18 @@ MAY_IMPORT = {
     "datasets": {"default", "utils", "datasets"},
     "models": {"default", "utils", "models"},
     "stage": {"default", "utils", "datasets", "models"},
+    "steps": {"default", "utils", "datasets", "models"},
+    "resume": {"default", "utils", "datasets", "models", "stage"},
     "supply": {"default", "utils", "datasets", "models", "stage"},
     "show": {"default", "utils", "datasets", "models", "stage"},
     "test": {"default", "utils", "datasets", "models", "stage", "show"},
-    "train": {"default", "utils", "datasets", "models", "stage", "supply", "show", "test"},
+    "trainer": {"default", "utils", "datasets", "models", "stage", "steps", "resume", "supply"},
+    "train": {"default", "utils", "datasets", "models", "stage", "resume", "supply", "show", "test", "trainer"},
     "export": {"default", "utils", "datasets", "models", "stage"},
-    "detector": {"default", "utils", "datasets", "models", "stage"},
-    "predict": {"default", "utils", "datasets", "models", "stage", "detector"},
+    "engine": {"default", "utils", "datasets", "models", "stage", "export"},
+    "prediction": {"default", "engine"},
+    "detector": {"default", "utils", "datasets", "models", "stage", "engine", "prediction"},
+    "predict": {"default", "utils", "datasets", "models", "stage", "detector", "prediction"},
     "inspect_data": {"default", "utils", "datasets"},
     "submit": {"default", "utils", "datasets", "models", "stage", "detector"},
     "main": {

@@ -10,6 +10,7 @@ import pytest
 
 from datasets.walk import own_classes
 from default import GOOD_NAMES, UsageError
+from detector import load_detector
 from fake_data import METHOD, TINY, make_mvtec, picture, save
 from main import main
 
@@ -61,32 +62,36 @@ def test_good_images_alone_train_and_decide(form: str, tmp_path: Path, capsys: p
     assert "with test images is there; --mode predict judges images without labels" in capsys.readouterr().err
 
 
-def test_unlabelled_test_images_are_no_defects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = make_mvtec(tmp_path / "data", train=6)
+@pytest.mark.parametrize("models", ["--multi-class", "--no-multi-class"])
+def test_unlabelled_test_images_are_predicted(models: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_mvtec(tmp_path / "data", train=8)
     for kind in ("good", "broken", "scratch"):
         shutil.rmtree(data / "grid" / "test" / kind)
-    images(data / "grid" / "test", 3)
-    assert run(data, tmp_path / "work") == 0
+    for name in ("grid", "bottle"):
+        images(data / name / "test", 3)
+    (data / "grid" / "test" / "torn.png").write_bytes(b"\x89PNG")
+    argv = [models, "--image-score", "surprise", "--holdout", "0.5", "--false-alarm-rate", "0.4"]
+    assert run(data, tmp_path / "work", *argv) == 0
     said = capsys.readouterr()
-    assert "grid has no test images: it is not evaluated; its 3 images in test/ have no labels" in said.err
+    assert "grid has no test images: it is not evaluated; its 4 images in test/ have no labels" in said.err
     folder = next(p for p in (tmp_path / "work").iterdir() if p.name != "cache")
     content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert content["evaluated"] is True
     assert content["classes"]["bottle"]["image_auroc"] is not None
     assert content["classes"]["grid"]["image_auroc"] is None
     assert "grid" in (folder / "report.html").read_text(encoding="utf-8")
-
-
-def test_a_model_for_each_class_is_chosen_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = tmp_path / "parts"
-    image = images(data / "nut") / "0.png"
-    images(data / "bolt")
-    assert run(data, tmp_path / "work", "--no-multi-class") == 0
-    folder = next(p for p in (tmp_path / "work").iterdir() if p.name != "cache")
-    argv = ["--mode", "predict", "--eval_ckpt", str(folder), "--device", "cpu", str(image)]
-    assert main(argv) == 2
-    assert "choose one of bolt, nut with --class-names CLASS" in capsys.readouterr().err
-    assert main([*argv, "--class-names", "nut"]) == 0
+    assert "7 images: " in said.out
+    assert "1 of 7 images could not be read" in said.err
+    with (folder / "predict" / "scores.csv").open(encoding="utf-8") as file:
+        rows = {Path(row["path"]): row for row in csv.DictReader(file)}
+    assert rows.keys() == {p for name in ("grid", "bottle") for p in (data / name / "test").glob("*.png")}
+    detector = load_detector(folder, device="cpu", class_name="grid")
+    for path, row in rows.items():
+        assert (row["score"] == "") == (path.name == "torn.png")
+        if path.parts[-3] == "grid" and row["score"]:
+            assert float(row["score"]) == pytest.approx(detector(path).score, rel=1e-3)
+            assert row["concept"] == "grid" or models == "--multi-class"
+    assert len(list((folder / "predict" / "overlays").iterdir())) == 6
 
 
 def test_which_folders_are_classes(tmp_path: Path) -> None:

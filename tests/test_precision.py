@@ -9,11 +9,14 @@ from utils.run.precision import SCOPES, products_within, to_float16, to_int8
 
 onnx = pytest.importorskip("onnx", reason="the extra 'export' is not installed")
 runtime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
-SHAPES = {"first": (4, 3, 3, 3), "deep": (4, 1, 3, 3), "dense": (6, 4, 1, 1), "after": (2, 6, 1, 1)}
+SHAPES = {
+    "first": (4, 3, 3, 3), "deep": (4, 1, 3, 3), "dense": (6, 4, 1, 1), "joined": (6, 6, 1, 1), "after": (2, 6, 1, 1),
+}  # fmt: skip
 
 
 def model() -> Any:
-    """image (B, 8, 8, 3) -> convolutions first, deep (depthwise), dense in `net`, `after` and a square outside."""
+    """image (B, 8, 8, 3) -> convolutions first, deep (depthwise), dense and, after a sum of two branches, joined in
+    `net`, `after` and a square outside."""
     rng, make = np.random.default_rng(0), onnx.helper
     values = {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in SHAPES.items()}
     values["bound"] = np.float32(3.4e38)  # no bound at all
@@ -29,10 +32,11 @@ def model() -> Any:
         flow = f"{name}_out"
         if name == "dense":
             nodes.append(make.make_node("Clip", [flow, "", "bound"], ["clipped"], "clip"))
-            flow = "clipped"
+            nodes.append(make.make_node("Add", ["clipped", f"{name}_out"], ["sum"], "sum"))
+            flow = "sum"
     nodes.append(make.make_node("Mul", [flow, flow], ["score"], "square"))
     for node in nodes:
-        inside = node.name in ("first", "deep", "dense", "clip")
+        inside = node.name in ("first", "deep", "dense", "clip", "sum", "joined")
         entry = node.metadata_props.add()
         entry.key, entry.value = SCOPES, str(["", "net.layer" if inside else "network", node.name])
     values["scale"] = np.float32(255)
@@ -62,11 +66,11 @@ def test_half_precision_where_it_is_named() -> None:
     assert plain.SerializeToString() == before, "the original is left alone"
     onnx.checker.check_model(half, full_check=True)
     kinds = {w.name: w.data_type for w in half.graph.initializer}
-    low = {"first_half", "deep_half", "dense_half", "bound_half"}
+    low = {"first_half", "deep_half", "dense_half", "joined_half", "bound_half"}
     assert {name for name, kind in kinds.items() if kind == onnx.TensorProto.FLOAT16} == low
     assert set(kinds) == low | {"after", "scale"}
     casts = [node for node in half.graph.node if node.op_type == "Cast" and node.name != "cast"]
-    assert [list(node.input) for node in casts] == [["x0"], ["clipped"]]
+    assert [list(node.input) for node in casts] == [["x0"], ["joined_out"]]
     found = scores(half)
     assert 0 < np.abs(found - expected).max() < 5e-3 * np.abs(expected).max()
 

@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 
 from default import UsageError
-from detector import Opened, Prediction, load_detector, regions_of
+from detector import Opened, load_detector
 from fake_data import METHOD, TINY, make_mvtec, picture, png16
 from main import main
 from predict import opened_batches, scaled
+from prediction import Prediction, regions_of
 from utils.run.checkpoint import read_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,6 +245,14 @@ def test_a_mixed_folder_is_judged_in_one_run(
     image.save(mixed / "turned.jpg", exif=turned)
     image.save(mixed / "with spaces, 漢字.png")
     image.save(mixed / ODD)
+    image.convert("L").save(mixed / "grey.tif")
+    image.quantize(16).save(mixed / "palette.gif")
+    image.save(mixed / "frames.gif", save_all=True, append_images=[image.rotate(90)])
+    image.convert("RGBA").resize((50, 50)).save(mixed / "opaque.png")
+    image.putalpha(128)
+    image.save(mixed / "clear.png")
+    image = image.convert("RGB")
+    (mixed / "cut.jpg").write_bytes((mixed / "plain.jpg").read_bytes()[:-300])
     png16(mixed / "deep.png", np.asarray(image).astype(np.uint16) * 257, 2)
     (mixed / "cut.png").write_bytes((mixed / ODD).read_bytes()[:600])
     (mixed / "text.png").write_text("no image at all")
@@ -259,9 +268,12 @@ def test_a_mixed_folder_is_judged_in_one_run(
         ODD.replace("\udcff", "\\xff"): "", "deep.png": "is beyond 0 to 255, the range of its class's training images",
         "cut.png": "cannot be read as an image", "text.png": "cannot be read as an image",
         "empty.png": "cannot be read as an image", "huge.png": "pixels are more than --max-pixels",
+        "grey.tif": "", "palette.gif": "", "opaque.png": "", "clear.png": "is transparent",
+        "frames.gif": "several frames",
+        "cut.jpg": "cannot be read as an image",
     }  # fmt: skip
     assert predict(run_folder, mixed, "--output", tmp_path / "out", "--save-masks") == 1
-    assert f"5 of {len(expected)} images could not be read" in capsys.readouterr().err
+    assert f"8 of {len(expected)} images could not be read" in capsys.readouterr().err
     rows = {Path(row["path"]).name: row for row in table(tmp_path / "out")}
     assert rows.keys() == expected.keys()
     for name, reason in expected.items():
@@ -352,7 +364,7 @@ def test_large_images_are_not_in_memory_together(monkeypatch: pytest.MonkeyPatch
 
         def read(self, path: Path) -> Opened:
             side = int(path.name)
-            return Opened(image=torch.zeros(3, 1, 1), size=(side, side), picture=np.zeros((1, 1, 3), np.uint8))
+            return Opened(views={(0,): torch.zeros(3, 1, 1)}, size=(side, side), picture=np.zeros((1, 1, 3), np.uint8))
 
     names = [Path(str(side)) for side in (10, 10, 10, 10, 10, 6000, 10, 5000, 5000, 10)]
     batches = [[int(path.name) for path, _, _ in b] for b in opened_batches(Folder(), names)]  # type: ignore[arg-type]
@@ -378,11 +390,6 @@ def test_mistakes_are_one_line(
 ) -> None:
     assert predict(run_folder, *words) == 2
     assert expected in capsys.readouterr().err
-
-
-def test_an_onnx_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert predict(tmp_path / "model.onnx", "docs") == 2
-    assert "run it with onnxruntime" in capsys.readouterr().err
 
 
 def test_an_evaluation_writes_every_images_score(run_folder: Path, tree: Path) -> None:

@@ -2,6 +2,7 @@
 
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -151,10 +152,30 @@ def test_one_image_a_file(tmp_path: Path) -> None:
 def test_most_pixels(tmp_path: Path) -> None:
     save(tmp_path / "a.png", np.zeros((30, 40), np.uint8), "L")
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((30, 40), np.uint16))
-    for name in ("a.png", "a.tif"):
-        with pytest.raises(UsageError, match=rf"{name}: 40 x 30 = 1200 pixels are more than --max-pixels 1199"):
-            load_image(tmp_path / name, 8, max_pixels=1199)
-        assert load_image(tmp_path / name, 8, max_pixels=1200).shape == (3, 8, 8)
+    for name, count, deep in (("a.png", 1200, ""), ("a.tif", 4800, " of more than 8 bits, which count 4 times,")):
+        line = rf"{name}: 40 x 30 = 1200 pixels{deep} are more than --max-pixels {count - 1}"
+        with pytest.raises(UsageError, match=line):
+            load_image(tmp_path / name, 8, max_pixels=count - 1)
+        assert load_image(tmp_path / name, 8, max_pixels=count).shape == (3, 8, 8)
+
+
+def test_giants_are_refused_before_they_take_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    for size, kind, message in (
+        ((13_000, 13_000), 16, "169000000 pixels of more than 8 bits, which count 4 times, are more than --max-pixels"),
+        ((1, 100_000_000), 8, "1 x 100000000 pixels are more than 262144 on a side; cut it into parts"),
+        ((262_145, 1), 8, "262145 x 1 pixels are more than 262144 on a side"),
+    ):
+        head = struct.pack(">IIBBBBB", *size, kind, 0, 0, 0, 0)
+        chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+        body = b"".join(
+            struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks
+        )  # fmt: skip
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+        with pytest.raises(UsageError, match=message):
+            load_image(path, 32)
+    save(path, np.full((1, 9000), 51, np.uint8), "L")
+    assert load_image(path, 32).mean() == pytest.approx(0.2)
 
 
 def test_a_line_scan_of_200_megapixels_has_a_way(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from default import PARTS, PRESETS, Bind, Config, UsageError, flag_of, flat, mak
 from main import parse
 from stage import FORMAT, settled_config
 from utils.report.gather import Run
+from utils.run.checkpoint import write_checkpoint
 from utils.run.folders import new_run, resumed_run
 
 NAMES = [entry.name for kind in PARTS.values() for entry in fields(kind)]  # type: ignore[arg-type]
@@ -146,11 +147,24 @@ def test_a_run_of_an_older_version_lacks_newer_settings(tmp_path: Path) -> None:
     old["run"]["runs"] = []  # version 1.0's name of `paths`
     (folder / "config.json").write_text(json.dumps(old), encoding="utf-8")
     assert resumed_run(config) == folder
-    (folder / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UsageError, match=r"--resume: cannot read .*config\.json"):
-        resumed_run(config)
-    (folder / "config.json").unlink()
-    assert resumed_run(config) is None, "another program may be making it right now"
+
+
+@pytest.mark.parametrize("text", ["{", "", "[1]", '{"train": {"lr": -1}}', '{"train": 3}', "[" * 10000])
+def test_a_run_folder_that_says_nothing_is_passed_over(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = make_config(**SAVED, work_dir=str(tmp_path))
+    first, second = new_run(config), new_run(config)
+    (second / "config.json").write_text(text, encoding="utf-8")
+    assert resumed_run(config) == first
+    assert (
+        f"--resume: {second} is passed over: it has neither a config.json nor a checkpoint" in capsys.readouterr().out
+    )
+    (second / "config.json").unlink()
+    assert resumed_run(config) == first, "another program may be making it right now"
+    write_checkpoint(second / "last.pt", {"config": to_dict(config)})
+    assert resumed_run(config) == second
+    assert f"config.json cannot be read; the settings are those of {second / 'last.pt'}" in capsys.readouterr().out
 
 
 def test_tables_tell_runs_apart_by_what_changes_results() -> None:

@@ -18,7 +18,7 @@ from models.codebook import Codebook
 from models.flow import Permutation
 from models.loss import loss_terms
 from models.vqflow import VQFlow
-from train import train_epoch
+from steps import train_epoch
 from utils.run.device import autocast, check_compiler, exact_products, has_bfloat16
 from utils.run.profile import traced
 from utils.run.seed import seed_everything

@@ -218,7 +218,7 @@ def test_intervals_in_the_tables(tmp_path: Path) -> None:
 def test_special_characters() -> None:
     table = Table(rows=[("a_b|c & 5 %", {"x": "1.0 ± 0.1"})], columns=("x",))
     assert r"a\_b|c \& 5 \% & 1.0 $\pm$ 0.1 \\" in latex(table)
-    assert r"| a_b\|c & 5 % | 1.0 ± 0.1 |" in markdown(table)
+    assert r"| a_b\|c &amp; 5 % | 1.0 ± 0.1 |" in markdown(table)
 
 
 def test_what_a_class_lacks_ends_as_null(seeds_work: Path) -> None:

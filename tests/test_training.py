@@ -22,10 +22,11 @@ from models.scorer import Scorer, ScoreRule, image_scores
 from models.vqflow import VQFlow
 from show import look_at
 from stage import Stage, load_detector
+from steps import train_epoch
 from supply import Supply
 from test import evaluate
 from tests.test_vqflow import CHANNELS, build
-from train import Trainer, train_epoch
+from trainer import Trainer
 from utils.metrics import evaluate_maps
 from utils.run.checkpoint import read_checkpoint
 from utils.run.log import RunLog, read_lines
@@ -157,7 +158,7 @@ def test_every_checkpoint_is_calibrated(tmp_path: Path, held_out: bool, memory: 
     rows, evaluated, detector = Rows(), [], small_detector(memory=memory)
     supply = Supply(
         training=rows,
-        steps=2,
+        batches=2,
         everything=rows,
         images=8,
         sample=rows,
@@ -172,6 +173,7 @@ def test_every_checkpoint_is_calibrated(tmp_path: Path, held_out: bool, memory: 
         first_look(detector, (batch.features for batch in rows()), images=8, batch_size=4)
     for epoch in range(2):
         trainer._meta_epoch(epoch, log)
+        trainer.keeper.wait()
         state = read_checkpoint(tmp_path / "last.pt")["scorer"]["state"]
         assert int(state["calibrated"]) == (4 if held_out else 8)
         stored = read_checkpoint(tmp_path / "last.pt")["decision"]

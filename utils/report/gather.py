@@ -53,9 +53,32 @@ class Run:
         return {name: v for part in self.config.values() for name, v in part.items() if name not in SAME}
 
 
+def fraction(value: Any) -> float:
+    """A number of a results.json, null as NaN.
+
+    Raises:
+        TypeError, OverflowError: it is none.
+    """
+    if value is not None and type(value) not in (int, float):
+        raise TypeError(f"expected a number, but got {value!r}")
+    return NAN if value is None else float(value)
+
+
+def settings_in(config: Any) -> dict[str, dict[str, Any]]:
+    """The settings of a results.json; those of versions that are not this one may have other names.
+
+    Raises:
+        TypeError: no groups of settings, or a seed that is none.
+    """
+    seed = config["run"].get("seed")
+    if not all(isinstance(part, dict) for part in config.values()) or type(seed) not in (int, type(None)):
+        raise TypeError("expected groups of settings and a whole number as seed")
+    return config
+
+
 def completed(row: Mapping[str, float | None]) -> dict[str, float]:
     """The seven metrics and their mean, null as NaN."""
-    seven = {m: NAN if row.get(m) is None else float(row[m]) for m in METRICS}  # type: ignore[arg-type]
+    seven = {m: fraction(row.get(m)) for m in METRICS}
     return seven | {"mad": sum(seven.values()) / len(METRICS)}
 
 
@@ -72,12 +95,13 @@ def read_run(path: str | Path) -> Run:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return Run(
-            name=folder.resolve().name, path=folder, config=content["config"], mean=completed(content["mean"]),
+            name=folder.resolve().name, path=folder, config=settings_in(content["config"]),
+            mean=completed(content["mean"]),
             seed=None if content["config"]["run"].get("seeds") else content["config"]["run"]["seed"],
             classes={name: completed(row) for name, row in content["classes"].items()},
-            deviation={m: NAN if v is None else v for m, v in content.get("deviation", {}).get("mean", {}).items()},
+            deviation={m: fraction(v) for m, v in content.get("deviation", {}).get("mean", {}).items()},
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UsageError(f"PATH: {file} cannot be read as results of a run") from error
 
 

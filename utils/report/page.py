@@ -24,6 +24,7 @@ from utils.report.tables import COLUMNS, MEAN, TITLES, percent, values
 from utils.report.training import CODEBOOKS, Training, codebook_panels, codebook_rows, number, training_panels
 from utils.run.log import read_lines
 from utils.run.text import printable
+from utils.run.writer import write_whole
 
 PAGE = Path(__file__).parent / "templates"
 MOST_CONCEPTS = 64  # columns of the concept matrix
@@ -122,7 +123,7 @@ def write_report(path: Path, report: Report) -> None:
     )  # fmt: skip
     environment.filters |= {"percent": percent, "number": number, "jpeg": data_uri, "base64": base64_text}
     page = environment.get_template("report.html").render(content(report))
-    path.write_text(printable(page), encoding="utf-8")
+    write_whole(path, printable(page).encode())
 
 
 def content(report: Report) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from utils.run.writer import write_whole
+
 HOT = 2.5  # value of the hottest colour on the scale of the heat maps; colour begins at 1
 BAND, SMALLEST = 22, 192  # pixels: height of the line with the verdict, and the side that such pictures have at least
 INK, ALARM = (40, 42, 46), (176, 32, 24)
@@ -70,4 +72,5 @@ def triptych(
 def save_picture(path: Path, picture: NDArray[np.uint8]) -> None:
     """Write RGB (H, W, 3); the format follows the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes())
+    data = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
+    write_whole(path, data, durable=False)  # there may be thousands, and they can be drawn again

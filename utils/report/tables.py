@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.metrics import METRICS, ClassResult
-from utils.run.text import printable
+from utils.run.text import one_line, printable
+from utils.run.writer import write_whole
 
 # The paper's two columns first.
 COLUMNS = ("image_auroc", "pixel_auroc", *(m for m in METRICS if m not in ("image_auroc", "pixel_auroc")), "mad")
@@ -21,8 +22,10 @@ TITLES = {
 MEAN, BEST = "mean", "best on test"
 LATEX = {
     "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-    "±": r"$\pm$", "²": r"$^2$",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$", "²": r"$^2$",
 }  # fmt: skip
+MARKDOWN = {"&": "&amp;", "<": "&lt;", "\\": r"\\", "|": r"\|", "`": r"\`", "*": r"\*"}
+FORMULA = ("=", "+", "-", "@")  # spreadsheets compute a cell that begins so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +38,10 @@ class Table:
     title: str = ""
 
     def lines(self) -> list[list[str]]:
-        """Header and body, cell by cell."""
+        """Header and body, cell by cell, each of one line."""
         head = [self.first, *(TITLES.get(c, c) for c in self.columns)]
-        return [head, *([name, *(row.get(c, "-") for c in self.columns)] for name, row in self.rows)]
+        body = ([name, *(row.get(c, "-") for c in self.columns)] for name, row in self.rows)
+        return [[one_line(cell) for cell in line] for line in (head, *body)]
 
 
 def values(result: ClassResult) -> dict[str, float]:
@@ -73,10 +77,15 @@ def terminal(table: Table) -> str:
 
 def markdown(table: Table) -> str:
     """A Markdown table under its title."""
-    head, *body = table.lines()
+    head, *body = ([markdown_text(cell) for cell in line] for line in table.lines())
     lines = [head, ["---", *("---:" for _ in table.columns)], *body]
     title = f"**{table.title}**\n\n" if table.title else ""
-    return title + "".join("| " + " | ".join(c.replace("|", r"\|") for c in line) + " |\n" for line in lines)
+    return title + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Without HTML, links and markup."""
+    return "".join(MARKDOWN.get(c, c) for c in text).replace("](", r"]\(")
 
 
 def latex_text(text: str) -> str:
@@ -98,28 +107,34 @@ def csv_text(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[st
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([first, *columns])
     for name, row in rows:
-        cells = (row.get(c) for c in columns)
-        writer.writerow([name, *("" if v is None or v != v else v for v in cells)])
+        writer.writerow([csv_cell(v) for v in (name, *(row.get(c) for c in columns))])
     return out.getvalue()
+
+
+def csv_cell(value: Any) -> Any:
+    """Empty for None and NaN; text of one line, behind an apostrophe where a spreadsheet would see a formula."""
+    if isinstance(value, str):
+        return one_line(f"'{value}" if value.startswith(FORMULA) else value)
+    return "" if value is None or value != value else value
 
 
 def terminal_page(tables: Sequence[Table], notes: Sequence[str]) -> str:
     """Tables one below the other, then the notes."""
-    return "\n\n".join([*map(terminal, tables), "\n".join(notes)])
+    return "\n\n".join([*map(terminal, tables), "\n".join(map(one_line, notes))])
 
 
 def markdown_page(tables: Sequence[Table], notes: Sequence[str]) -> str:
     """Tables one below the other, then the notes as a list."""
-    listed = "".join(f"- {note}\n" for note in notes)
+    listed = "".join(f"- {markdown_text(one_line(note))}\n" for note in notes)
     return "\n".join([*(markdown(table) for table in tables), *([listed] if listed else [])])
 
 
 def latex_page(tables: Sequence[Table], notes: Sequence[str]) -> str:
     """Tables one below the other, then the notes as comments."""
-    return "\n".join(map(latex, tables)) + "".join(f"% {note}\n" for note in notes)
+    return "\n".join(map(latex, tables)) + "".join(f"% {one_line(note)}\n" for note in notes)
 
 
 def write_all(folder: Path, stem: str, texts: Mapping[str, str]) -> None:
     """One file for each suffix of `texts`, named `stem`; bytes of names that are no UTF-8 as \\udcff."""
     for suffix, text in texts.items():
-        (folder / f"{stem}.{suffix}").write_bytes(printable(text).encode())
+        write_whole(folder / f"{stem}.{suffix}", printable(text).encode())

@@ -10,8 +10,9 @@ from typing import Any
 
 from default import UsageError
 from utils.report.images import ImageResult
-from utils.report.tables import csv_text, write_all
+from utils.report.tables import csv_cell, csv_text, write_all
 from utils.run.text import printable
+from utils.run.writer import write_whole
 
 TESTED = ("class", "label", "score", "p_value", "threshold", "verdict", "hit", "concept")
 PREDICTED = (
@@ -46,8 +47,10 @@ class Rows:
 
     def __init__(self, folder: Path) -> None:
         try:
-            rows = list(old_rows(folder / "scores.jsonl"))
-            self._lines = (folder / "scores.jsonl").open("w", encoding="utf-8")
+            path = folder / "scores.jsonl"
+            rows = list(old_rows(path))
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())  # without half a line
+            self._lines = path.open("a", encoding="utf-8")
             self._table = (folder / "scores.csv").open("w", encoding="utf-8", newline="")
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(f"--output: cannot go on with the rows in {folder}: {error}") from error
@@ -55,14 +58,18 @@ class Rows:
         self._writer.writerow(PREDICTED)
         self.done: dict[str, str | None] = {}  # path -> verdict, or "error"
         for row in rows:
-            self.add(row)
+            self._tabulate(row)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Values by `PREDICTED`; of `regions` the table holds the number, the lines hold all."""
         self._lines.write(json.dumps({name: row[name] for name in PREDICTED}) + "\n")
         self._lines.flush()
+        self._tabulate(row)
+
+    def _tabulate(self, row: Mapping[str, Any]) -> None:
+        """Add a row to scores.csv."""
         cells = dict(row) | {"regions": None if row["regions"] is None else len(row["regions"])}
-        self._writer.writerow(["" if cells[name] is None else cells[name] for name in PREDICTED])
+        self._writer.writerow([csv_cell(cells[name]) for name in PREDICTED])
         self._table.flush()
         self.done[row["path"]] = "error" if row["error"] else row["verdict"]
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from default import KEPT, Config, UsageError, flat, from_dict, settings_of, to_dict
+from utils.run.checkpoint import read_checkpoint
+from utils.run.keeper import LAST, MIDDLE, PREVIOUS
+from utils.run.writer import write_whole
 
 
 def run_name(config: Config) -> str:
@@ -68,45 +71,44 @@ def new_run(config: Config) -> Path:
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Write config.json, whole or not at all: other programs may be reading it."""
-    part = folder / "config.json.part"
-    part.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    part.replace(folder / "config.json")
+    """Write config.json: other programs may be reading it."""
+    write_whole(folder / "config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
 
 
 def resumed_run(config: Config) -> Path | None:
-    """The newest run folder of the same settings, None if there is no run of that name.
+    """The newest run folder of the same settings, None if there is no run of that name; which are passed over is said.
 
     How far it goes, where its files lie and what changes no result may differ (see `default.Bind`).
 
     Raises:
         UsageError: the newest run has other settings.
     """
-    runs = [
-        path
-        for path in existing_runs(check_writable(config.run.work_dir), run_name(config)).values()
-        if (path / "config.json").is_file()
-    ]  # another program may be making one right now
-    if not runs:
-        return None
-    old, new = read_settings(runs[-1]), flat(to_dict(config))
-    for name in settings_of(*KEPT):
-        if old[name] != new[name]:
-            raise UsageError(
-                f"--resume: {runs[-1]} was made with {name} = {old[name]!r}, not {new[name]!r}; "
-                "give the same options, or leave --resume out to start a new run"
-            )
-    return runs[-1]
+    new = flat(to_dict(config))
+    for folder in reversed(existing_runs(check_writable(config.run.work_dir), run_name(config)).values()):
+        old = read_settings(folder)
+        if old is None:  # another program may be making one right now
+            print(f"--resume: {folder} is passed over: it has neither a config.json nor a checkpoint that can be read")
+            continue
+        for name in settings_of(*KEPT):
+            if old[name] != new[name]:
+                raise UsageError(
+                    f"--resume: {folder} was made with {name} = {old[name]!r}, not {new[name]!r}; "
+                    "give the same options, or leave --resume out to start a new run"
+                )
+        return folder
+    return None
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """What a run folder's config.json says, by names; what it does not name has its default.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """What a run folder's config.json says, by names, or else its checkpoints; what is not named there has its default.
+    None if neither can be read."""
     path = folder / "config.json"
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
         return flat(to_dict(from_dict(json.loads(path.read_text(encoding="utf-8")))))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UsageError(f"--resume: cannot read {path}") from error
+    names = [where + name for name in (LAST, MIDDLE, PREVIOUS) for where in ("", "*/")]
+    for path in (path for name in names for path in sorted(folder.glob(name))):
+        with contextlib.suppress(UsageError, AttributeError, TypeError, KeyError):
+            settings = flat(to_dict(from_dict(read_checkpoint(path, "--resume")["config"])))
+            print(f"--resume: {folder / 'config.json'} cannot be read; the settings are those of {path}")
+            return settings
+    return None

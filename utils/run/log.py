@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from default import UsageError
+from utils.run.text import printable
+from utils.run.writer import append_line, write_whole
 
 
 def optional(package: str, flag: str, extra: str) -> ModuleType:
@@ -22,7 +25,7 @@ def optional(package: str, flag: str, extra: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise UsageError(
-            f"{flag}: the package is not installed; pip install 'vqflow[{extra}]' or pip install {extra}"
+            f"{flag}: the package {package.removeprefix('torch.utils.')} is not installed; pip install -e '.[{extra}]'"
         ) from error
 
 
@@ -35,10 +38,26 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_lines(path: Path, count: int | None = None) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl, or its first `count`; none if there is no such file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines[:count] if line]
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl; none if there is no such file. A line that is none, as a killed program or a
+    damaged disk leaves them, is passed over with a warning."""
+    entries = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], start=1):
+        entry = entry_of(line)
+        if entry is not None:
+            entries.append(entry)
+        elif line.strip():
+            print(printable(f"warning: {path}: line {number} is damaged and left out"), file=sys.stderr)
+    return entries
+
+
+def entry_of(line: bytes) -> dict[str, Any] | None:
+    """What a line of metrics.jsonl holds, None if that is no meta epoch."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and type(entry.get("epoch")) is int else None
 
 
 class RunLog:
@@ -46,14 +65,14 @@ class RunLog:
 
     Args:
         folder: the run folder.
-        kept: a resumed run keeps its first `kept` entries.
+        kept: a resumed run keeps the entries of its first `kept` meta epochs.
         config: nested plain values, shown by Weights & Biases.
     """
 
     def __init__(self, folder: Path, *, kept: int, config: dict[str, Any], tensorboard: bool, wandb: bool) -> None:
         self.path = folder / "metrics.jsonl"
-        old = read_lines(self.path, kept)  # a killed run may have left half a line behind them
-        self.path.write_text("".join(json.dumps(e) + "\n" for e in old), encoding="utf-8")
+        old = [entry for entry in read_lines(self.path) if entry["epoch"] <= kept]
+        write_whole(self.path, "".join(json.dumps(e) + "\n" for e in old).encode())
         self._board = self._wandb = None
         if tensorboard:
             module = optional("torch.utils.tensorboard", "--tensorboard", "tensorboard")
@@ -65,8 +84,7 @@ class RunLog:
     def write(self, entry: dict[str, Any]) -> None:
         """Append `entry`; its "epoch" is the step of the loggers, nested names are joined with a slash."""
         entry = plain(entry)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_line(self.path, json.dumps(entry))
         numbers = {k: v for k, v in flat(entry).items() if isinstance(v, (int, float))}
         if self._board is not None:
             for name, value in numbers.items():

@@ -95,14 +95,18 @@ def to_float16(model: Any, modules: Sequence[str]) -> Any:
 
 
 def products_within(graph: Any, modules: Sequence[str]) -> list[str]:
-    """Names of the nodes in `modules` whose products keep their meaning in 8 bits: of dense weights, but not the first.
+    """Names of the nodes in `modules` whose products keep their meaning in 8 bits: of dense weights, but not the first,
+    and not of a sum of two branches.
 
-    Depthwise convolutions and the one that sees the image are cheap, and cost most of the accuracy (BENCHMARKS.md).
+    Depthwise convolutions and the one that sees the image are cheap, and cost most of the accuracy; OpenVINO computes
+    wrongly what follows such a sum in integers (BENCHMARKS.md).
     """
     weights = {w.name: w.dims for w in graph.initializer}
+    sums = {n.output[0] for n in graph.node if n.op_type == "Add" and not weights.keys() & {*n.input}}
     names = set(nodes_within(graph, modules, ("Conv", "Gemm", "MatMul")))
     dense = [n for n in graph.node if n.name in names and n.input[1] in weights]
-    return [n.name for n in dense[1:] if n.op_type != "Conv" or weights[n.input[1]][1] > 1]
+    single = [n for n in dense[1:] if n.input[0] not in sums]
+    return [n.name for n in single if n.op_type != "Conv" or weights[n.input[1]][1] > 1]
 
 
 def to_int8(model: Any, modules: Sequence[str], batches: Sequence[Images]) -> Any:

@@ -23,9 +23,16 @@ def traced(batches: Iterable[Item], steps: int, path: Path) -> Iterator[Item]:
             if running and count == steps:
                 recorder.stop()
                 running = False
-                recorder.export_chrome_trace(str(path))
+                export(recorder, path)
     finally:
         if running:
             recorder.stop()
             if count:
-                recorder.export_chrome_trace(str(path))
+                export(recorder, path)
+
+
+def export(recorder: profile, path: Path) -> None:
+    """PyTorch writes to a file by its name: to one beside `path`, which then takes its place."""
+    part = path.with_name(f"part-{path.name}")  # the suffix says which format
+    recorder.export_chrome_trace(str(part))
+    part.replace(path)
