@@ -617,8 +617,8 @@ def make_config(preset: str | None = None, **typed: Any) -> Config:
     if preset is not None:
         expect("--preset", preset, tuple(PRESETS))
     values = (PRESETS[preset] if preset else {}) | typed
-    if values.get("dataset") in FPR_LIMITS:
-        values = {"fpr_limit": FPR_LIMITS[values["dataset"]]} | values
+    limit = FPR_LIMITS.get(str(values.get("dataset")))  # text, as a damaged checkpoint may hold anything there
+    values = ({"fpr_limit": limit} if limit else {}) | values
     owner = {entry.name: part for part, kind in PARTS.items() for entry in fields(kind)}  # type: ignore[arg-type]
     for name in values:
         expect("option", name, tuple(owner))
