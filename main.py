@@ -52,13 +52,17 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
         lambda c: c.run.mode in JUDGING,
         "does nothing in --mode train; to go on with a run, use --resume",
     ),
-    "output": _PREDICTING,
+    "output": (
+        lambda c: c.run.mode in ("predict", "submit"),
+        "does nothing without --mode predict or submit; leave it out",
+    ),
     "engine": _PREDICTING,
     "save_maps": _PREDICTING,
     "save_masks": _PREDICTING,
     "fail_on": _PREDICTING,
     "watch": _PREDICTING,
     "precision": (lambda c: c.run.mode == "export", "does nothing without --mode export; add that, or leave it out"),
+    "json": (lambda c: c.run.mode == "inspect", "does nothing without --mode inspect; leave it out"),
     "clear": (lambda c: c.run.mode == "cache", "does nothing without --mode cache; add that, or leave it out"),
     "resume": _TRAINING,
     "save_every": _TRAINING,
@@ -195,6 +199,10 @@ def run(argv: Sequence[str]) -> int:
         from utils.report.gather import gather_runs
 
         print(gather_runs(config))
+    elif config.run.mode == "inspect":
+        from inspect_data import run_inspect
+
+        return run_inspect(config)
     elif config.run.mode == "cache":
         from datasets.tidy import tend
 
@@ -203,6 +211,10 @@ def run(argv: Sequence[str]) -> int:
         from predict import run_predict
 
         return run_predict(config, chosen)
+    elif config.run.mode == "submit":
+        from submit import run_submit
+
+        run_submit(config, chosen)
     elif config.run.mode == "export":
         from export import run_export
 

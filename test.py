@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from datasets import are_unseen, build_datasets, present_classes, resolve_classes, split_holdout
+from datasets import are_unseen, build_datasets, present_classes, protocols, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
-from datasets.folder import ImageFolder
+from datasets.folder import ImageFolder, Protocol
 from default import Config, EvalConfig, UsageError
 from models.decision import Verdict
 from models.detector import Detector
@@ -42,12 +43,13 @@ def evaluate(
     *,
     wanted: Collection[int] = (),
     size: int = 1,
+    extra: Mapping[str, Protocol] = MappingProxyType({}),
 ) -> EvalResult:
     """Score every image of `batches`, whose masks have the detector's size, and compute each class's metrics.
 
     The detector is put into eval mode, and back as it was. Shown maps are kept of the `wanted` images in any case.
     Of several processes each scores its share of the images, in batches of `size`; curves and maps are the first one's
-    alone.
+    alone. `extra`: by class, metrics of the data set's own, of one process.
     """
     was_training = detector.training
     detector.eval()
@@ -61,6 +63,10 @@ def evaluate(
                 labels=batch.label[own], scores=scores[own], masks=batch.mask[own],
                 maps=getattr(maps, config.pixel_score)[own], pro_maps=getattr(maps, config.pro_score)[own],
             )  # fmt: skip
+            if protocol := extra.get(class_names[index]):
+                for row in own.tolist():
+                    heat = getattr(maps, config.pro_score)[row]
+                    protocol.add(batch.path[row], int(batch.label[row]), float(scores[row]), heat)
         verdict = None if detector.decision is None else detector.decide(judgement, scores)
         shown = getattr(maps, config.shown_score)
         said = image_results(batch, class_names, scores, shown, judgement.output.concept, verdict)
@@ -69,7 +75,9 @@ def evaluate(
         for place, (image, heat) in enumerate(zip(found.images[-1], shown, strict=True), start=first):
             found.album.add(place, image.group, image.score, heat.cpu().numpy())
     detector.train(was_training)
-    return found.result(detector, config)
+    return replace(
+        found.result(detector, config), extra={name: protocol.results() for name, protocol in extra.items()}
+    )  # fmt: skip
 
 
 @dataclass
@@ -217,6 +225,7 @@ def results_of(
         intervals=bootstrap(drawn, count, config.run.seed) if count and evaluated else None,
         concepts=agreement(*zip(*chosen, strict=True)) if chosen and shared and len(classes) > 1 else None,
         decided=Decided.joined([p.decided for p in parts if p.decided is not None]) if evaluated else None,
+        extra={name: metrics for part in parts for name, metrics in part.extra.items()},
     )  # fmt: skip
 
 
@@ -254,10 +263,12 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         detector = load_detector(content, stage, str(path))
         source = stage.ordered_features(test)
         batches = progress(source.epoch(0), total=len(source), text="evaluation")
+        extra = protocols(own.data, class_names, test.items)
         with stage.reading():
             found = evaluate(
-                detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), size=stage.ordered_size
-            )
+                detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), size=stage.ordered_size,
+                extra=extra,
+            )  # fmt: skip
         sets = (*split_holdout(train, own.data.holdout), test)
         ended = ended or Ended(from_first(partial(new_run, own)), own)
         ended.unseen &= are_unseen(*sets[:2])

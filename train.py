@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datasets import are_unseen, build_datasets, resolve_classes, split_holdout
+from datasets import are_unseen, build_datasets, protocols, resolve_classes, split_holdout
 from datasets.folder import ImageFolder
 from default import Config, TrainConfig
 from models.detector import Detector
@@ -130,7 +130,9 @@ def fit_part(stage: Stage, detector: Detector, part: Part, source: Source, folde
         if test_source is None:
             return evaluate(detector, (), part.classes, config.eval)
         batches = progress(test_source.epoch(0), total=len(test_source), text="evaluation")
-        return evaluate(detector, batches, part.classes, config.eval, wanted=wanted, size=stage.ordered_size)
+        extra = protocols(config.data, part.classes, part.test.items)
+        size = stage.ordered_size
+        return evaluate(detector, batches, part.classes, config.eval, wanted=wanted, size=size, extra=extra)
 
     supply = supply_of(stage, source, part.kept, part.normal if part.unseen else None)
     own, saved = identity(stage, part.classes, part.train), saved_state(stage, part.classes, folder, part.train)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datasets.folder import Batch, ImageFolder
+from datasets.masks import mask_files
 from default import UsageError
 from utils.run.lock import Hold, seized
 
@@ -87,11 +88,10 @@ def cache_key(dataset: ImageFolder, **settings: object) -> str:
     settings |= {"version": VERSION}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for item in dataset.items:
-        for path in (item.path, item.mask_path):
-            if path is not None:
-                stat = path.stat()
-                digest.update(os.fsencode(path.resolve()))
-                digest.update(f"|{stat.st_size}|{stat.st_mtime_ns}|{item.label}|{dataset.reading(item)!r}\n".encode())
+        for path in (item.path, *(mask_files(item.mask_path) if item.mask_path else ())):
+            stat = path.stat()
+            digest.update(os.fsencode(path.resolve()))
+            digest.update(f"|{stat.st_size}|{stat.st_mtime_ns}|{item.label}|{dataset.reading(item)!r}\n".encode())
     return digest.hexdigest()[:20]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol as TypingProtocol
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ GOOD = "good"
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """An image file: its mask (None: no defect, or none drawn), label (1 defective), class, kind of defect, and its
-    name within the kind without suffix (cam1/000 where images lie in nested folders). `held_out`: a normal image that
-    the data set itself keeps out of training."""
+    """An image file: its mask (None: no defect, or none drawn; a folder: all in it together), label (1 defective),
+    class, kind of defect, and its name within the kind without suffix (cam1/000 where images lie in nested folders).
+    `held_out`: a normal image that the data set itself keeps out of training."""
 
     path: Path
     mask_path: Path | None
@@ -43,15 +44,20 @@ class Scan:
     test: list[Item]
     ignored: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def counts(self) -> Counts:
+        """In numbers."""
+        bad, held_out = sum(item.label for item in self.test), sum(item.held_out for item in self.train)
+        return Counts(train=len(self.train) - held_out, good=len(self.test) - bad, bad=bad, held_out=held_out)
+
     def line(self, name: str) -> str:
         """One line for people: class, images and masks in numbers."""
-        bad, count = sum(item.label for item in self.test), sum(self.ignored.values())
+        counts, count = self.counts, sum(self.ignored.values())
         masks = sum(item.mask_path is not None for item in self.test)
-        held_out = sum(item.held_out for item in self.train)
-        calibration = f", calibration {held_out}" if held_out else ""
+        calibration = f", calibration {counts.held_out}" if counts.held_out else ""
         sorts = [f"{sort} {n}" if len(self.ignored) > 1 else sort for sort, n in self.ignored.items()]
         return (
-            f"{name}: train {len(self.train) - held_out}{calibration}, good {len(self.test) - bad}, defective {bad}, "
+            f"{name}: train {counts.train}{calibration}, good {counts.good}, defective {counts.bad}, "
             f"masks {masks}, ignored {count}" + (f" ({', '.join(sorts)})" if count else "")
         )
 
@@ -90,6 +96,34 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many images a class has: normal ones to train on, normal ones kept out of training, good and defective ones
+    to test."""
+
+    train: int
+    good: int
+    bad: int
+    held_out: int = 0
+
+    def __str__(self) -> str:
+        kept = f", held out {self.held_out}" if self.held_out else ""
+        return f"train {self.train}{kept}, good {self.good}, defective {self.bad}"
+
+
+class Protocol(TypingProtocol):
+    """Metrics of one data set beside the seven, gathered while an evaluation passes the images of a class."""
+
+    def check(self) -> None:
+        """Raise `UsageError` for what `add` could not measure; called before anything is trained."""
+
+    def add(self, path: str, label: int, score: float, heat: Tensor) -> None:
+        """An image with its score and score map (M, M)."""
+
+    def results(self) -> dict[str, float]:
+        """Metric -> fraction, NaN where it is not defined."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
     """What a data set is.
 
@@ -98,6 +132,16 @@ class DatasetSpec:
         places: default folders, the first one that exists counts.
         scan: class folder (root / name), class index, names of folders of good images -> what it holds.
         hint: said when the folder is missing.
+        layout: what a copy looks like, said when one does not.
+        licence, citation: of the data.
+        counts: of the official copy, by class.
+        total: of all classes together, where that alone is published.
+        inner: folders that the archive unpacks into, looked for below the given one.
+        prepare: makes of the root what `scan` reads; does nothing the second time.
+        found: root -> the classes there, where they are not folders in it.
+        overlapping: classes are different splits of the same images, which one model must not see together.
+        trusts_masks: the official masks hold what would be a mistake elsewhere, such as empty ones.
+        protocol: test images of a class -> the metrics of its own that the data set asks for.
     """
 
     title: str
@@ -105,6 +149,17 @@ class DatasetSpec:
     places: tuple[str, ...]
     scan: Callable[[Path, int, Sequence[str]], Scan]
     hint: str = ""
+    layout: str = ""
+    licence: str = ""
+    citation: str = ""
+    counts: Mapping[str, Counts] = field(default_factory=dict)
+    total: Counts | None = None
+    inner: tuple[str, ...] = ()
+    prepare: Callable[[Path], None] | None = None
+    found: Callable[[Path], Sequence[str]] | None = None
+    overlapping: bool = False
+    trusts_masks: bool = False
+    protocol: Callable[[Sequence[Item]], Protocol | None] | None = None
 
 
 class ImageFolder(Dataset[Sample]):

@@ -1,7 +1,7 @@
 """Imports go one way.
 
 default <- utils <- datasets, models <- stage, steps <- resume, supply, show <- test, trainer, export <- engine
-<- detector <- train, predict <- main.
+<- detector <- train, predict, submit <- main; datasets <- inspect_data <- main.
 """
 
 import ast
@@ -28,7 +28,22 @@ MAY_IMPORT = {
     "prediction": {"default", "engine"},
     "detector": {"default", "utils", "datasets", "models", "stage", "engine", "prediction"},
     "predict": {"default", "utils", "datasets", "models", "stage", "detector", "prediction"},
-    "main": {"default", "utils", "datasets", "models", "stage", "show", "test", "train", "export", "predict"},
+    "inspect_data": {"default", "utils", "datasets"},
+    "submit": {"default", "utils", "datasets", "models", "stage", "detector"},
+    "main": {
+        "default",
+        "utils",
+        "datasets",
+        "models",
+        "stage",
+        "show",
+        "test",
+        "train",
+        "export",
+        "predict",
+        "inspect_data",
+        "submit",
+    },
 }
 FILES = sorted(
     p

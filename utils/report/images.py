@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +92,7 @@ class Curves:
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
     """Seven metrics per class and their mean, every image, each class's curves, and the shown maps of some images by
-    their numbers (see `Album`)."""
+    their numbers (see `Album`). `extra`: by class, metrics of the data set's own."""
 
     classes: dict[str, ClassResult]
     mean: ClassResult
@@ -100,6 +100,7 @@ class EvalResult:
     curves: dict[str, Curves]
     decided: Decided | None
     maps: Mapping[int, NDArray]
+    extra: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Album:
