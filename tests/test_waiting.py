@@ -1,0 +1,83 @@
+"""What would make a GPU wait in a training step, counted without one: copies between devices, and questions to it."""
+
+from collections import Counter
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models.loss import loss_terms
+from steps import Ledger, Tally, take_step, training_steps
+from tests.test_speed import build, features
+from tests.test_stop import CONFIG, spoiled
+from tests.test_training import Rows, small_detector
+
+ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default", "is_nonzero")
+
+
+class Waits(TorchDispatchMode):
+    """Counts calls whose tensors lie on several devices, and those whose result has to be read by the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), str(func)
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        if len(devices) > 1 or any(word in name for word in ASKS):
+            self.found[name] += 1
+        return out
+
+
+@pytest.mark.parametrize("mode", ["residual", "none"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_forward_and_backward_neither_copy_nor_ask(mode: str, recompute: bool) -> None:
+    """The device "meta" stands for one that is not the host. The first forward brings the position encodings there."""
+    model, rows = build(mode, recompute=recompute).to("meta"), [f.to("meta") for f in features()]
+    counts = []
+    for _ in range(2):
+        with Waits() as waits:
+            loss_terms(model(rows, noise=0.1), 1.0).total.backward()
+        counts.append(waits.found)
+    assert counts[0].keys() <= {"aten._to_copy.default"} and counts[0].total() <= 4
+    assert counts[1] == {}
+
+
+@pytest.mark.parametrize(("wait", "questions"), [(False, 0), (True, 1)])
+def test_a_step_asks_only_where_waiting_is_free(wait: bool, questions: int) -> None:
+    flow = small_detector().flow.train()
+    optimizer = torch.optim.AdamW([p for p in flow.parameters() if p.requires_grad], fused=True)
+    batches = list(Rows(8)())
+    with Waits() as waits:
+        take_step(flow, batches, optimizer, CONFIG.train, wait=wait)
+    assert waits.found.total() == questions
+
+
+def test_known_late_or_at_once_it_is_the_same() -> None:
+    """Weights, codebooks, the optimizer's state, the tally and the dropped files, bit for bit."""
+    batches, original = list(Rows(20)()), small_detector().flow
+    fed = [batches[0], spoiled(batches[1], float("nan")), *batches[2:4], spoiled(batches[4], float("inf"))]
+    seen = []
+    for late in (0, 1):
+        flow, tally = deepcopy(original), Tally()
+        optimizer = torch.optim.AdamW([p for p in flow.parameters() if p.requires_grad], fused=True)
+        ledger, found, counts = Ledger(tally, late), [], []
+        torch.manual_seed(2)
+        for _ in training_steps(flow, fed, optimizer, CONFIG.train, start=0.0, step=0.1, ledger=ledger):
+            found += ledger.known()
+            counts.append(len(found))
+        found += ledger.known(everything=True)
+        assert counts == [n - late for n in (1, 2, 3, 4, 5)]
+        assert ledger.known(everything=True) == []
+        assert (tally.batches, tally.counted, tally.images) == (5, 3, 12)
+        tally.seconds = 0.0
+        states = [v for state in optimizer.state.values() for v in state.values()]
+        seen.append((found, tally, [*flow.state_dict().values(), *states]))
+    (found, tally, tensors), (later, same, others) = seen
+    assert found == later == [(), batches[1].path, (), (), batches[4].path]
+    assert tally == same
+    assert len(tensors) == len(others) and all(map(torch.equal, tensors, others))
