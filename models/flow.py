@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.condition import Condition
 from models.conditioned import ConditionedConv2d
+from models.products import product_dtype
 from utils.run.device import full_precision
 
 
@@ -19,17 +20,23 @@ class ChannelNorm(nn.LayerNorm):
     """Layer normalisation over the channels of (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with full_precision(x.device):
-            y = F.layer_norm(
-                x.permute(0, 2, 3, 1).to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps
-            )
-        return y.permute(0, 3, 1, 2)
+        return normalize(x, self.weight, self.bias, self.eps)
+
+
+def normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer normalisation over the channels of (B, C, H, W), in the type of `x`: what backward keeps is no larger.
+
+    Mean and deviation are computed in single precision at least.
+    """
+    if x.device.type != "cpu":  # kernels there want one type, and compute in float32 all the same
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    with full_precision(x.device):
+        return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
 
 
 def activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer normalisation over the channels of (B, C, H, W), then ReLU, in the precision of `weight`."""
-    y = F.layer_norm(x.permute(0, 2, 3, 1).to(weight.dtype), weight.shape, weight, bias, eps)
-    return F.relu(y, inplace=True).permute(0, 3, 1, 2)
+    """Layer normalisation over the channels of (B, C, H, W), then ReLU, in the type of `x`."""
+    return F.relu(normalize(x, weight, bias, eps), inplace=True)
 
 
 def coefficients(raw: Tensor, dtype: torch.dtype, clamp: float) -> tuple[Tensor, Tensor]:
@@ -83,7 +90,8 @@ class Subnet(nn.Module):
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """`x` (B, n - C, H, W) and a condition of C channels -> (B, out, H, W)."""
-        return self.conv2(self.activate(self.conv1(x, condition), self.ln.weight, self.ln.bias, self.ln.eps))
+        hidden = self.conv1(x, condition).to(product_dtype(self.conv1.weight))  # between convolutions no larger
+        return self.conv2(self.activate(hidden, self.ln.weight, self.ln.bias, self.ln.eps))
 
 
 class CouplingBlock(AllInOneBlock):
