@@ -122,3 +122,33 @@ def test_norms_take_their_statistics_in_single_precision(kind: torch.dtype) -> N
     scaled = far / (far.square().mean(1, keepdim=True) + norm.eps).sqrt()
     expected = scaled * norm.weight[:, None, None] + norm.bias[:, None, None]
     assert (found - expected).abs().max() < (0.02 if kind == torch.bfloat16 else 1e-4)
+
+
+# --- compiled code
+
+
+def test_no_batch_compiles_again_and_none_runs_uncompiled() -> None:
+    """Training and evaluation with full and smaller batches; one image alone is a case of its own to PyTorch."""
+    import torch._dynamo as compiler
+    from torch._dynamo.testing import CompileCounter
+
+    compiler.reset()
+    counter, model = CompileCounter(), build().to(memory_format=torch.channels_last)
+    model.compile_flows(backend=counter)
+
+    def run(training: bool, batch: int) -> int:
+        """New variants that it takes."""
+        before, pooled = counter.frame_count, [f.to(memory_format=torch.channels_last) for f in features(batch)]
+        with torch.set_grad_enabled(training):
+            loss = loss_terms(model.train(training)(pooled), 1.0).total
+        if training:
+            loss.backward()
+        return counter.frame_count - before
+
+    levels = 3
+    with compiler.config.patch(fail_on_recompile_limit_hit=True):
+        first = [run(True, 8), run(False, 8), run(False, 1), run(True, 1)]
+        assert first == [2 * levels + 1, 2 * levels, 2 * levels, 2 * levels + 1]
+        assert [run(training, batch) for training in (True, False) for batch in (8, 5, 3, 1)] == [0] * 8
+        assert [run(training, batch) for training in (False, True) for batch in (6, 2, 1)] == [0] * 6
+    compiler.reset()
