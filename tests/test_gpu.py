@@ -1,7 +1,11 @@
 """What costs on a GPU, counted without one: waiting for it, memory that backward needs, code compiled again."""
 
+import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,12 +13,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from datasets.features import FeatureBatch, prefetched
 from models.flow import ChannelNorm, normalize
+from models.footprint import training_bytes
+from models.fusion import averaged
 from models.loss import loss_terms
 from steps import Ledger, Tally, take_step, training_steps
-from tests.test_speed import build, features
+from tests.test_speed import batch, build, features
 from tests.test_stop import CONFIG, spoiled
 from tests.test_training import Rows, small_detector
+from utils.run.device import choose_kernels
 
 ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default", "is_nonzero")
 
@@ -34,8 +42,7 @@ class Waits(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("mode", ["residual", "none"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("mode", "recompute"), [("residual", False), ("none", True)])
 def test_forward_and_backward_neither_copy_nor_ask(mode: str, recompute: bool) -> None:
     """The device "meta" stands for one that is not the host. The first forward brings the position encodings there."""
     model, rows = build(mode, recompute=recompute).to("meta"), [f.to("meta") for f in features()]
@@ -124,6 +131,67 @@ def test_norms_take_their_statistics_in_single_precision(kind: torch.dtype) -> N
     assert (found - expected).abs().max() < (0.02 if kind == torch.bfloat16 else 1e-4)
 
 
+def test_what_training_takes_is_known_beforehand() -> None:
+    """Found out on a device without content, it is what the same steps keep here."""
+    shapes = [level.shape[1:] for level in features()]
+    model, needs = build(), {n: training_bytes(build().to("meta"), shapes, n) for n in (8, 16)}
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert needs[16] - 4 * weights >= 2 * saved_bytes(False)
+    assert needs[16] - needs[8] > 0.9 * (needs[8] - 4 * weights), "it grows with the batch"
+    less = training_bytes(build(recompute=True).to("meta"), shapes, 16)
+    assert 4 * weights < less < 0.9 * needs[16]
+
+
+# --- order
+
+
+class Streams:
+    """Stands in for CUDA's streams, which this machine may not have, and notes who waits for whom and when."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[str] = []
+        self.names = {"side": self.stream("side"), "main": self.stream("main")}
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.names["side"])
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.names["main"])
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+
+    def stream(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.told.append(f"{name} waits for {other.name}"))
+
+
+def test_reading_ahead_waits_for_what_was_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+
+    def reading() -> Iterator[FeatureBatch]:
+        for _ in range(2):
+            streams.told.append("read")
+            yield batch(features())
+
+    for _ in prefetched(reading(), torch.device("cuda")):
+        streams.told.append("work")
+    before, after = "side waits for main", "main waits for side"
+    assert streams.told == [before, "read", after, before, "read", "work", after, before, "work"]
+
+
+def test_kernels_that_add_in_the_same_order() -> None:
+    torch.manual_seed(0)
+    x, found = torch.randn(2, 3, 8, 12, dtype=torch.float64, requires_grad=True), []
+    try:
+        for deterministic in (False, True):
+            choose_kernels(deterministic)
+            assert torch.backends.cudnn.benchmark is not deterministic
+            assert torch.backends.cudnn.deterministic is deterministic is torch.are_deterministic_algorithms_enabled()
+            outs = [averaged(x, size) for size in ((4, 4), (3, 5))]
+            found.append([*outs, *torch.autograd.grad(outs[0].square().sum(), x)])
+            assert ("Adaptive" not in str(outs[0].grad_fn)) is deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    finally:
+        choose_kernels(False)
+        torch.backends.cudnn.benchmark = False
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # --- compiled code
 
 
@@ -147,8 +215,8 @@ def test_no_batch_compiles_again_and_none_runs_uncompiled() -> None:
 
     levels = 3
     with compiler.config.patch(fail_on_recompile_limit_hit=True):
-        first = [run(True, 8), run(False, 8), run(False, 1), run(True, 1)]
-        assert first == [2 * levels + 1, 2 * levels, 2 * levels, 2 * levels + 1]
-        assert [run(training, batch) for training in (True, False) for batch in (8, 5, 3, 1)] == [0] * 8
-        assert [run(training, batch) for training in (False, True) for batch in (6, 2, 1)] == [0] * 6
+        first = [run(True, 8), run(False, 8), run(False, 1)]
+        assert first == [2 * levels + 1, 2 * levels, 2 * levels]
+        assert [run(training, batch) for training in (True, False) for batch in (8, 5, 3)] == [0] * 6
+        assert [run(*work) for work in [(False, 1), (False, 6), (True, 2)]] == [0] * 3
     compiler.reset()
