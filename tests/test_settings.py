@@ -27,7 +27,8 @@ FREE_IN_TEST = {
     "false_alarm_rate",
 }  # fmt: skip
 FREE_IN_RESUME = {
-    "data_path", "workers", "cache", "device", "meta_epochs", "compile", "deterministic", "pictures", "report", "weights",
+    "data_path", "workers", "cache", "device", "meta_epochs", "compile", "deterministic", "pictures", "report",
+    "weights",
 }  # fmt: skip
 
 
