@@ -105,10 +105,13 @@ def test_room_is_kept_for_checkpoints(tmp_path: Path) -> None:
     stage = Stage(config)
     flow = stage.build_flow()
     assert stage.room() == 12 * sum(v.numel() * v.element_size() for v in flow.state_dict().values()) > 1e5
+    weights = sum(p.numel() * p.element_size() for p in flow.parameters())
+    assert stage.room("device") > 5 * weights and stage.room("ram") == 0
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
     stage.room()
+    stage.room("device")
     assert torch.equal(torch.rand(2), expected), "it draws nothing"
 
 
