@@ -27,7 +27,7 @@ from datasets.folder import Batch, ImageFolder
 from default import UsageError
 from utils.run.lock import Hold, seized
 
-VERSION = 4  # of the folder's layout and of how images are read
+VERSION = 5  # of the folder's layout and of how images are read
 HALF_MAX = 65504.0
 SHARE = 0.95  # of the free space that features may take
 ABANDONED = 2 * 86400  # seconds after which a half-written folder is a dead process's where no lock tells

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,15 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from datasets.features import FeatureBatch, prefetched
+from fake_data import METHOD, TINY
+from main import parse
 from models.flow import ChannelNorm, normalize
 from models.footprint import training_bytes
 from models.fusion import averaged
 from models.loss import loss_terms
+from models.vqflow import pool_features
+from stage import Stage
 from steps import Ledger, Tally, take_step, training_steps
 from tests.test_speed import batch, build, features
 from tests.test_stop import CONFIG, spoiled
 from tests.test_training import Rows, small_detector
-from utils.run.device import choose_kernels
+from utils.run.device import autocast, choose_kernels, has_bfloat16
 
 ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default", "is_nonzero")
 
@@ -220,3 +225,23 @@ def test_no_batch_compiles_again_and_none_runs_uncompiled() -> None:
         assert [run(training, batch) for training in (True, False) for batch in (8, 5, 3)] == [0] * 6
         assert [run(*work) for work in [(False, 1), (False, 6), (True, 2)]] == [0] * 3
     compiler.reset()
+
+
+# --- precision
+
+
+@pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this machine computes no bfloat16")
+def test_features_are_pooled_in_single_precision(tmp_path: Path) -> None:
+    words = "--amp-enable --pool-type avg --extractor test_efficientnet --no-pretrained --device cpu --dataset mvtec"
+    stage = Stage(parse([*TINY, *METHOD, *words.split(), "--work-dir", str(tmp_path)])[0])
+    side = stage.config.data.input_size
+    image = torch.rand(2, 3, side, side).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), autocast(stage.device, True):
+        levels = stage.extractor(image)
+    assert levels[0].dtype == torch.bfloat16
+    strides = stage.extractor.strides
+    exact = pool_features([level.float() for level in levels], strides, "avg")
+    rounded = pool_features(levels, strides, "avg")
+    for found, expected in zip(stage.extract(image), exact, strict=True):
+        assert torch.equal(found, expected.half().float())
+    assert not torch.equal(rounded[0].float(), exact[0])
