@@ -15,7 +15,7 @@ ABLATION = $(PY) main.py --preset paper-mvtec --resume $(ARGS) --work-dir $(ABLA
 ABLATION_RUNS = $(foreach name,plain cpc cpc-naive cpc-residual cpc-residual-pos cpc-residual-pos-mixed,$(ABLATION_DIR)/$(name)-seed[0-9]*)
 
 .PHONY: help setup demo paper-mvtec paper-visa paper-cifar10 ablation benchmark-metrics test test-floors torture lint types check \
-	audit soak clean
+	audit soak benchmark-gpu clean
 
 help:
 	@echo "make demo    train and evaluate on the built-in sample (about 3 minutes on 2 cores once installed)"
@@ -27,6 +27,7 @@ help:
 	@echo "make setup   virtual environment and dependencies only"
 	@echo "make audit   known weaknesses of what is installed (needs the network), and a table of its licences"
 	@echo "make soak    thousands of steps and predictions, watched for what grows (about 10 minutes)"
+	@echo "make benchmark-gpu    speed, memory and right results on this machine's GPU, written to BENCHMARKS.md (8 minutes)"
 	@echo "make lint    ruff;  make types: mypy;  make check: lint, types and tests"
 
 setup: .venv/ready
@@ -63,6 +64,9 @@ ablation: setup
 
 benchmark-metrics: setup
 	$(PY) benchmarks/metrics.py
+
+benchmark-gpu: setup
+	$(PY) benchmarks/gpu.py $(ARGS)
 
 test: setup
 	$(PY) -m pytest -n auto --dist loadfile

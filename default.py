@@ -540,6 +540,11 @@ class RunConfig(Part):
         binds="free",
     )
     device: str = option("auto", "where to compute: auto, cuda, cuda:1 (the second GPU), cpu or mps", binds="free")
+    deterministic: bool = option(
+        False,
+        "on CUDA kernels that add in the same order in each run, where PyTorch has them: slower; a CPU always does so",
+        binds="free",
+    )
     name: str | None = option(
         None, "start of the run folder's name (default: data set, extractor and multi or single)", binds="free"
     )

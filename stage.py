@@ -38,6 +38,7 @@ from default import (
 from models.decision import Calibrated, Decision, scoring_of
 from models.detector import Detector
 from models.extractor import IMAGENET, FrozenExtractor, Normalization
+from models.footprint import training_bytes
 from models.official import is_official, load_official, load_strictly, refuse_misfit
 from models.scorer import Scorer, ScoreRule
 from models.vqflow import VQFlow, pool_features
@@ -68,7 +69,7 @@ class Stage:
     """
 
     def __init__(self, config: Config, normalization: Normalization | None = None) -> None:
-        self.config, self.device = config, resolve_device(config.run.device)
+        self.config, self.device = config, resolve_device(config.run.device, deterministic=config.run.deterministic)
         if config.run.offline:
             go_offline()
         if config.train.amp_enable and not has_bfloat16(self.device):
@@ -101,16 +102,23 @@ class Stage:
             recompute=self.config.train.checkpoint_activations,
         )  # fmt: skip
 
-    def room(self) -> int:
-        """Bytes that the checkpoints of a training take on the disk, without its memory: the last, the one before, the
-        best, and one that is being written, each with the weights and the optimizer's two moments of them."""
-        if self.config.run.mode != "train":
+    def room(self, place: str = "disk") -> int:
+        """Bytes at a place that features are kept at which a training takes for other things.
+
+        On the disk its checkpoints, without its memory: the last, the one before, the best, and one that is being
+        written, each with the weights and the optimizer's two moments of them. On the device its steps.
+        """
+        if self.config.run.mode != "train" or place == "ram":
             return 0
         state = random_state()
         with torch.device("meta"):
-            tensors = self.build_flow().state_dict().values()
+            flow = self.build_flow().to("meta")
         restore_random_state(state)
-        return 4 * 3 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if place == "disk":
+            return 4 * 3 * sum(tensor.numel() * tensor.element_size() for tensor in flow.state_dict().values())
+        side = self.config.data.input_size
+        shapes = [level.shape[1:] for level in self.extract(torch.zeros(1, 3, side, side, device=self.device))]
+        return training_bytes(flow, shapes, self.config.train.batch_size)
 
     def build_detector(self, flow: VQFlow | None = None, scorer: Scorer | None = None) -> Detector:
         """A flow and a scorer, new ones unless given: on the device, channels-last, compiled if wanted."""
@@ -129,6 +137,7 @@ class Stage:
         """
         with torch.no_grad(), autocast(self.device, self.config.train.amp_enable):
             levels = self.extractor(image.contiguous(memory_format=torch.channels_last))
+        levels = [level.float() for level in levels]  # a mean in bfloat16 has fewer digits than half precision keeps
         kept = pool_features(levels, self.extractor.strides, self.config.model.kept_pool)
         return [h.float() if self.config.data.cache == "none" else to_half(h).float() for h in kept]
 
@@ -200,7 +209,7 @@ class Stage:
             if place == "disk" and processes() > 1:
                 self._fill_together(dataset, folder)
             store = make_store(
-                place, folder, ordered, self.extract, device=self.device, keep=self.room(),
+                place, folder, ordered, self.extract, device=self.device, keep=self.room(place),
                 progress=lambda batches, text: progress(batches, total=len(ordered), text=text),
             )  # fmt: skip
         except NoRoom as error:

@@ -18,7 +18,7 @@ from models.first_look import first_look
 from models.official import load_strictly
 from resume import Saved
 from stage import load_decision, load_scorer
-from steps import EpochStats, Model, Place, Tally, shared_by_all, training_steps
+from steps import EpochStats, Ledger, Model, Place, Tally, shared_by_all, training_steps
 from supply import Supply, kept
 from utils.report.images import EvalResult
 from utils.run.checkpoint import first_broken
@@ -168,29 +168,37 @@ class Trainer:
         if train.profile and number == 0 and is_first():
             batches = traced(batches, train.profile * train.accumulate, self.folder / "trace.json")
         step = share / supply.batches
-        for dropped in training_steps(
-            self.model, batches, self.optimizer, train, start=number * share, step=step, tally=place.tally
+        ledger = Ledger.of(place.tally, self.optimizer)
+        for _ in training_steps(
+            self.model, batches, self.optimizer, train, start=number * share, step=step, ledger=ledger
         ):
-            self._after_step(epoch, dropped)
+            self._after_step(epoch, ledger)
+        self._note(ledger.known(everything=True))
         place.sub += 1
         if place.sub < train.sub_epochs:
             place.tally = Tally()
 
-    def _after_step(self, epoch: int, dropped: Sequence[str]) -> None:
-        """Stop or save where that is wanted; a step that was `dropped` comes with its files."""
-        train, place = self.config.train, self.place
-        place.note(dropped)
-        if dropped:
-            names = ", ".join(dropped[:4]) + (f" and {len(dropped) - 4} more" if len(dropped) > 4 else "")
-            print(printable(f"warning: a step without a finite loss was left out: {names}"), file=sys.stderr)
-        if place.streak >= train.max_dropped:
-            raise UsageError(self._diverged(f"{place.streak} steps in a row had no finite loss"))
+    def _after_step(self, epoch: int, ledger: Ledger) -> None:
+        """Stop or save where that is wanted."""
         self.steps += 1
-        number = highest(asked())  # of several processes all stop after the same step
+        number, every = highest(asked()), self.config.train.save_every  # all processes stop after the same step
+        wanted = bool(every) and self.steps % every == 0
+        self._note(ledger.known(everything=bool(number) or wanted))
         if number:
             self._stop(epoch, number)
-        if train.save_every and self.steps % train.save_every == 0 and not place.streak:
+        if wanted and not self.place.streak:
             self._save_middle(epoch)
+
+    def _note(self, outcomes: Sequence[Sequence[str]]) -> None:
+        """Steps that were taken, or dropped: these come with their files."""
+        train, place = self.config.train, self.place
+        for dropped in outcomes:
+            place.note(dropped)
+            if dropped:
+                names = ", ".join(dropped[:4]) + (f" and {len(dropped) - 4} more" if len(dropped) > 4 else "")
+                print(printable(f"warning: a step without a finite loss was left out: {names}"), file=sys.stderr)
+            if place.streak >= train.max_dropped:
+                raise UsageError(self._diverged(f"{place.streak} steps in a row had no finite loss"))
 
     def _stop(self, epoch: int, number: int) -> NoReturn:
         """Save, and raise `Stopped` with a text that says how to go on."""

@@ -28,7 +28,7 @@ from datasets.masks import mask_files
 from default import UsageError
 from utils.run.lock import Hold, seized
 
-VERSION = 4  # of the folder's layout and of how images are read
+VERSION = 5  # of the folder's layout and of how images are read
 HALF_MAX = 65504.0
 SHARE = 0.95  # of the free space that features may take
 ABANDONED = 2 * 86400  # seconds after which a half-written folder is a dead process's where no lock tells
@@ -108,12 +108,13 @@ def free_space(place: str, root: Path, device: torch.device) -> float:
 
 
 def check_space(size: FeatureSize, place: str, root: Path, device: torch.device, keep: int = 0) -> str | None:
-    """What is wrong with keeping the features at `place`, None if they fit and `keep` bytes of a disk are left."""
-    free, keep = free_space(place, root, device), keep if place == "disk" else 0
+    """What is wrong with keeping the features at `place`, None if they fit and `keep` bytes of it are left."""
+    free = free_space(place, root, device)
     if size.total <= min(SHARE * free, free - keep):
         return None
     where = {"disk": f"under {root}", "ram": "in memory", "device": f"on {device}"}[place]
-    others = f" and {keep / 1e9:.2f} are kept for checkpoints" if keep else ""
+    use = "checkpoints" if place == "disk" else "training"
+    others = f" and {keep / 1e9:.2f} are kept for {use}" if keep else ""
     return f"the {size} do not fit {where}, where {free / 1e9:.2f} GB are free{others}"
 
 
@@ -277,7 +278,7 @@ def make_store(
 ) -> FeatureStore:
     """Features of `ordered`'s images at `place` (disk, ram or device), read from `folder` where it is there.
 
-    `keep` bytes of the disk are left for other files.
+    `keep` bytes of that place are left for other things.
 
     Raises:
         NoRoom: they do not fit.

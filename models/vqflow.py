@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,11 +97,11 @@ class VQFlow(nn.Module):
             self.register_buffer(f"mean_{level}", torch.zeros(c))
             self.register_buffer(f"std_{level}", torch.ones(c))
 
-    def compile_flows(self) -> None:
+    def compile_flows(self, backend: str | Callable = "inductor") -> None:
         """Compile the parts of the flows that gain by it (`torch.compile`); parameters and checkpoints stay."""
         for flow in self.level_flows:
             for block in flow.blocks:  # type: ignore[union-attr]
-                block.compile_parts()  # type: ignore[operator]
+                block.compile_parts(backend)  # type: ignore[operator]
 
     def keep(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The four levels as the extractor gave them, as a cache keeps them (`ModelConfig.kept_pool`)."""

@@ -100,15 +100,18 @@ def test_room_is_kept_for_checkpoints(tmp_path: Path) -> None:
     size, free = FeatureSize(count=1, shapes=((2, 2, 2),), mask=8), int(free_space("disk", tmp_path, CPU))
     assert check_space(size, "disk", tmp_path, CPU, keep=free // 2) is None
     assert "GB are free and" in str(check_space(size, "disk", tmp_path, CPU, keep=2 * free))
-    assert check_space(size, "ram", tmp_path, CPU, keep=1 << 60) is None, "checkpoints do not lie there"
+    assert "are kept for training" in str(check_space(size, "device", tmp_path, CPU, keep=1 << 60))
     config = parse([*TINY, *METHOD, "--dataset", "mvtec", "--work-dir", str(tmp_path)])[0]
     stage = Stage(config)
     flow = stage.build_flow()
     assert stage.room() == 12 * sum(v.numel() * v.element_size() for v in flow.state_dict().values()) > 1e5
+    weights = sum(p.numel() * p.element_size() for p in flow.parameters())
+    assert stage.room("device") > 5 * weights and stage.room("ram") == 0
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
     stage.room()
+    stage.room("device")
     assert torch.equal(torch.rand(2), expected), "it draws nothing"
 
 

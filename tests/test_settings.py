@@ -26,7 +26,10 @@ FREE_IN_TEST = {
     "batch_size", "amp_enable", "image_score", "pixel_score", "pro_score", "top_k", "eval_size", "weights", "seed",
     "false_alarm_rate",
 }  # fmt: skip
-FREE_IN_RESUME = {"data_path", "workers", "cache", "device", "meta_epochs", "compile", "pictures", "report", "weights"}
+FREE_IN_RESUME = {
+    "data_path", "workers", "cache", "device", "meta_epochs", "compile", "deterministic", "pictures", "report",
+    "weights",
+}  # fmt: skip
 
 
 def other(name: str) -> Any:
