@@ -61,7 +61,7 @@ class ScoreRule:
             KeyError, TypeError: not what `plain` gives.
         """
         views = tuple(View(**view | {"levels": tuple(view["levels"])}) for view in plain["views"])
-        weights = tuple(plain.get("context_weights", ()))  # none before version 1.1
+        weights = tuple(plain.get("context_weights", ()))  # older checkpoints have none
         return cls(**dict(plain) | {"views": views, "context_weights": weights})
 
 
