@@ -32,7 +32,7 @@ VERSION = 5  # of the folder's layout and of how images are read
 HALF_MAX = 65504.0
 SHARE = 0.95  # of the free space that features may take
 ABANDONED = 2 * 86400  # seconds after which a half-written folder is a dead process's where no lock tells
-LOCK = "writer.lock"  # in a half-written folder, held by who writes it
+LOCK = ".lock"  # ends the name of a file beside a half-written folder; who writes it holds it from before it is there
 BLOCK = 1 << 20
 
 Extract = Callable[[Tensor], list[Tensor]]  # images (B, 3, H, W) -> pooled feature levels
@@ -187,12 +187,18 @@ def sweep(root: Path) -> None:
         with contextlib.suppress(OSError):  # another process has just finished it, or it is another user's
             if is_abandoned(old):
                 shutil.rmtree(old, ignore_errors=True)
+                lock_of(old).unlink(missing_ok=True)
+
+
+def lock_of(part: Path) -> Path:
+    """The lock of a half-written folder."""
+    return part.with_name(part.name + LOCK)
 
 
 def is_abandoned(part: Path) -> bool:
     """Whether nobody writes a half-written folder any more."""
-    if (part / LOCK).is_file():
-        with seized(part / LOCK) as (_, hold):
+    if lock_of(part).is_file():
+        with seized(lock_of(part)) as (_, hold):
             if hold is not Hold.UNKNOWN:
                 return hold is Hold.OURS
     return time.time() - part.stat().st_mtime > ABANDONED
@@ -211,18 +217,19 @@ def build_folder(
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             sweep(folder.parent)
-            part.mkdir()
-            with seized(part / LOCK):
+            with seized(lock_of(part)):
+                part.mkdir()
                 store = disk_store(size, part)
                 allocate(part)
                 fill(store, progress(ordered, str(size)), extract, device)
                 del store
-            (part / LOCK).unlink()
-            settle(part, folder)
+                settle(part, folder)
         except OSError as error:
             raise NoRoom(f"--cache disk: cannot keep the {size} in {folder.parent}: {error.strerror}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            lock_of(part).unlink(missing_ok=True)
 
 
 def settle(part: Path, folder: Path) -> None:

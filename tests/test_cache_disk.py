@@ -12,13 +12,13 @@ import torch
 from test_cache import CPU, dataset, store
 
 from datasets.cache import (
-    LOCK,
     FeatureSize,
     NoRoom,
     allocate,
     check_space,
     disk_store,
     free_space,
+    lock_of,
     open_store,
     sweep,
 )
@@ -128,7 +128,7 @@ def test_other_users_may_read_a_cache(tmp_path: Path) -> None:
 
 
 def hold_part(folder: str, ready: Any, done: Any) -> None:
-    with seized(Path(folder) / LOCK):
+    with seized(lock_of(Path(folder))):
         ready.set()
         done.wait(60)
 
@@ -144,12 +144,12 @@ def test_parts_go_at_once_where_their_writer_is_dead(tmp_path: Path) -> None:
     alive.start()
     dead.start()
     ready.wait(60)
-    while not (parts[1] / LOCK).is_file():
+    while not lock_of(parts[1]).is_file():
         time.sleep(0.01)
     dead.kill()
     dead.join()
     sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alive.part", "unknown.part"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alive.part", "alive.part.lock", "unknown.part"]
     done.set()
     alive.join()
 
