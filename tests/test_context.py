@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from default import ModelConfig, UsageError
-from models.context import FLOOR, PRIOR, Context, Moments, Surrounded
+from models.context import FLOOR, Context, Moments, Surrounded
 from models.detector import Detector
 from models.first_look import first_look
 from models.hierarchy import PrincipalComponents
