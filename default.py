@@ -185,6 +185,13 @@ class DataConfig(Part):
         low=0.0,
         high=0.5,
     )
+    holdout_seed: int | None = option(
+        None,
+        "draw the images of --holdout at random, by this seed (default: at equal distances, the same in every run)",
+        binds="data",
+        low=0,
+        high=2**32 - 1,
+    )
     workers: int | None = option(
         None, "processes that read images (default: 0 on a CPU, up to 8 with a GPU)", binds="free", low=0, high=256
     )

@@ -26,8 +26,8 @@ SURFACE = """
 --checkpoint-activations --clamp --class-names --clear --clip-norm --codebooks --compare --compile --concat-pos
 --conditioning --context --data-path --dataset --deterministic --device --dim-cpc --dry-run --engine --eval-ckpt
 --eval-interval --eval-size --eval_ckpt --extractor --fail-on --false-alarm-rate --float-range --fpr-limit
---good-names --help --holdout --image-score --input-size --json --k-cpc --k-cspc --limit --loc-eval --lr --max-dropped
---max-pixels --memory --meta-epochs --mixed-gaussian --mode --multi-class --name --no-amp-enable
+--good-names --help --holdout --holdout-seed --image-score --input-size --json --k-cpc --k-cspc --limit --loc-eval --lr
+--max-dropped --max-pixels --memory --meta-epochs --mixed-gaussian --mode --multi-class --name --no-amp-enable
 --no-checkpoint-activations --no-compare --no-compile --no-concat-pos --no-deterministic --no-json --no-loc-eval
 --no-mixed-gaussian --no-multi-class --no-offline --no-overlays --no-pattern-quantize --no-pre-extract --no-pretrained
 --no-pro-eval --no-quantize-enable --no-reassign-quantize --no-report --no-resume --no-save-masks --no-standardize
@@ -74,7 +74,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "bit_depth": ("12", 12), "float_range": ("-1 2.5", [-1.0, 2.5]), "background": ("black", "black"),
     "false_alarm_rate": ("0.05", 0.05),
     "max_pixels": ("9", 9), "good_names": ("gut fein", ["gut", "fein"]), "trust_masks": ("", True),
-    "holdout": ("0.1", 0.1), "memory": ("100", 100), "semantics": ("pooled", "pooled"), "context": ("3", 3),
+    "holdout": ("0.1", 0.1), "holdout_seed": ("5", 5), "memory": ("100", 100),
+    "semantics": ("pooled", "pooled"), "context": ("3", 3),
     "cache": ("ram", "ram"), "accumulate": ("2", 2), "compile": ("", True), "checkpoint_activations": ("", True),
     "profile": ("3", 3), "seeds": ("1 2", [1, 2]), "name": ("mine", "mine"), "paths": ("a b --mode table", ["a", "b"]),
     "output": ("o --mode predict --eval_ckpt a.pt", "o"), "overlays": ("no", False),
