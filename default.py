@@ -643,6 +643,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cpu": _SMALL,
     "accurate": _SMALL | {"pool_type": "none"},
     "sample": _SMALL | {"dataset": "sample"},
+    "dinov2": _SMALL | {"extractor": "vit_small_patch14_reg4_dinov2", "input_size": 392, "pool_type": "none"},
 }
 
 
