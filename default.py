@@ -641,7 +641,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper-visa": _PAPER | {"dataset": "visa"},
     "released": _PAPER | {"objective": "released", "codebooks": "released", "schedule": "released"},
     "cpu": _SMALL,
-    "accurate": _SMALL | {"pool_type": "none"},
+    "accurate": _SMALL | {"input_size": 320},
     "sample": _SMALL | {"dataset": "sample"},
     "dinov2": _SMALL | {"extractor": "vit_small_patch14_reg4_dinov2", "input_size": 392, "pool_type": "none"},
 }
