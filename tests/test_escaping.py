@@ -11,6 +11,7 @@ import pytest
 from datasets.folder import Scan
 from default import make_config
 from utils.metrics import METRICS, ClassResult
+from utils.report.gather import summarize_seeds
 from utils.report.results import Results, write_results
 from utils.report.tables import csv_cell, latex_text, markdown_text
 from utils.report.verdicts import PREDICTED, Rows
@@ -88,6 +89,31 @@ def test_csv(written: tuple[Path, str]) -> None:
     assert [csv_cell(v) for v in (-0.5, None, float("nan"), "-x", "x=1", 3)] == [-0.5, "", "", "'-x", "x=1", 3]
     names = json.loads((written[0] / "results.json").read_text(encoding="utf-8"))["classes"]
     assert list(names) == NAMES, "JSON holds them as they are"
+
+
+def test_metrics_of_the_data_set(tmp_path: Path) -> None:
+    """Their names come from a results.json of somebody else, too: in one run's tables and in those of several."""
+    row, extra = ClassResult(**dict.fromkeys(METRICS, 0.5)), dict.fromkeys(NAMES, 0.25)
+    config = make_config(dataset="folder", work_dir=str(tmp_path), seeds=(1, 2), name="runs")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        results = Results(
+            classes={"c": row}, best_on_test=None, intervals=None, config=config, unseen=True, extra={"c": extra}
+        )
+        shown = write_results(folder, results)
+    shown += summarize_seeds(config, folders)
+    assert not any(ord(c) < 32 for c in shown.replace("\n", "")) and "\u202e" not in shown
+    summary = tmp_path / "runs-seeds1_2"
+    for path in (folders[0] / "results.md", summary / "results.md"):
+        text = path.read_text(encoding="utf-8").split("paper measures**")[1]
+        assert "<" not in text and "](" not in text.split("\n\n")[1]
+        assert len({line.replace(r"\|", "").count("|") for line in text.split("\n\n")[1].splitlines()}) == 1
+    text = (summary / "results.tex").read_text(encoding="utf-8")
+    assert "\\input" not in text and "^^" not in text and text.count("\\end{tabular}") == 2
+    head, *rows = csv.reader((summary / "results.csv").open(encoding="utf-8", newline=""))
+    assert len(rows) == 2 and not any(cell.startswith(("=", "+", "-", "@")) for cell in head)
+    assert [float(cell) for cell in rows[0][-2 * len(NAMES) :: 2]] == [0.25] * len(NAMES)
 
 
 def test_a_prediction_of_a_file_with_such_a_name(tmp_path: Path) -> None:
