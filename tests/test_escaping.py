@@ -4,6 +4,8 @@ import csv
 import html
 import io
 import json
+import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,14 @@ def test_a_prediction_of_a_file_with_such_a_name(tmp_path: Path) -> None:
     assert (line[0], line[-1]) == ("'=1+1.png", r"'=1+1.png: no\nimage")
     with Rows(tmp_path) as rows:
         assert rows.is_done(Path("=1+1.png"))
+
+
+def test_the_script_without_pytorch_escapes_alike() -> None:
+    pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+    cell = runpy.run_path(str(Path(__file__).resolve().parents[1] / "deploy" / "run_onnx.py"))["cell"]
+    for name in [*NAMES, "a\xa0b\u202f.png", "ä 片 ².png", os.fsdecode(b"=\xff.png"), "\u2029", "\x85"]:
+        assert cell(name) == csv_cell(name), ascii(name)
+    assert cell(Path("=1.png")) == "'=1.png"
 
 
 def test_what_remains_as_it_is() -> None:
