@@ -10,6 +10,7 @@ see it. Leaves with status 1 if a file could not be judged; its line says why.
 import csv
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -19,12 +20,9 @@ import onnxruntime
 from PIL import Image
 
 COLUMNS = ("path", "score", "p_value", "threshold", "verdict", "peak_x", "peak_y", "peak_value", "error")
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # by the tag, what turns a picture upright
 ORIENTATION = 0x0112
+ODD = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")  # moves cursors
 
 
 def files_of(places):
@@ -91,6 +89,11 @@ def judge(session, facts, path):
     return row
 
 
+def cell(text):  # of one line, and behind an apostrophe where a spreadsheet would compute it
+    text = ODD.sub(lambda c: ascii(c[0])[1:-1], os.fsencode(text).decode("utf-8", "backslashreplace"))
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
 def main(arguments):
     """Status: 0, 1 if a file could not be judged, 2 for a mistake on the command line."""
     if len(arguments) < 2:
@@ -106,11 +109,9 @@ def main(arguments):
         try:
             row = judge(session, facts, path)
         except Exception as error:  # decoders of damaged files raise anything
-            row, failed = (
-                {"error": (getattr(error, "strerror", None) or str(error) or type(error).__name__)},
-                failed + 1,
-            )
-        table.writerow({"path": os.fsencode(path).decode("utf-8", "backslashreplace")} | row)
+            failed += 1
+            row = {"error": cell(getattr(error, "strerror", None) or str(error) or type(error).__name__)}
+        table.writerow({"path": cell(path)} | row)
         sys.stdout.flush()
     return 1 if failed else 0
 
