@@ -281,6 +281,13 @@ class ModelConfig(Part):
         low=0,
         high=1 << 20,
     )
+    memory_place: str = option(
+        "auto",
+        "where those features lie while they are searched: on the device, or in main memory, from which those of the "
+        "most similar images are fetched; auto: in main memory if they take more than half of a GPU",
+        binds="free",
+        choices=("auto", "device", "host"),
+    )
     clamp: float = option(1.9, "bound on the log-scale of the couplings", binds="model", low=0.01, high=20.0)
     codebooks: str = option(
         "seeded",

@@ -112,9 +112,8 @@ class Sums:
         return self._reduce(values, async_op=True).get_future().then(lambda done: done.value()[0])
 
 
-def measured(words: argparse.Namespace) -> dict[str, Any]:
-    """Steps of this process, and then its rates."""
-    torch.set_num_threads(1)
+def stepped(words: argparse.Namespace) -> dict[str, Any]:
+    """Steps of this process: how long one takes, what they hold, sum and carry."""
     config, batch = settings(words), words.batch // processes()
     rows, flow = fed(config, batch)
     before, sums = status("VmRSS") - state_bytes(flow) - 2 * nbytes(rows.features), Sums()
@@ -132,11 +131,10 @@ def measured(words: argparse.Namespace) -> dict[str, Any]:
         if number > 1:
             seconds.append(time.perf_counter() - began)
             moved.append(carried() - was)
-    found = {
+    return {
         "seconds": min(seconds), "carried": median(moved), "memory": status("VmHWM") - before,
         "sums": [sums.gradients, *sums.others],
     }  # fmt: skip
-    return found | rates()
 
 
 def fed(config: Config, batch: int) -> tuple[FeatureBatch, VQFlow]:
@@ -208,7 +206,8 @@ def main() -> None:
     words = parser.parse_args()
     if words.one:
         with together():
-            found = measured(words)
+            torch.set_num_threads(1)
+            found = stepped(words) | rates()
             if is_first():
                 print(json.dumps(found))
         return

@@ -78,7 +78,7 @@ def test_memory_is_that_of_a_real_step(counted: Counted, real: tuple) -> None:
     work, moved = trained(flow, kept, settings())  # with content
     assert moved == moments
     assert counted.step.peak == counted.memory["activations"] + gradients == pytest.approx(work.peak, rel=0.02)
-    assert counted.step.flops == work.flops and counted.step.bytes == pytest.approx(work.bytes, rel=0.02)
+    assert counted.step.flops == work.flops and counted.step.bytes == pytest.approx(work.bytes, rel=0.1)
 
 
 def test_the_peak_is_of_what_is_there_at_a_time() -> None:
