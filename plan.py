@@ -9,6 +9,7 @@ from typing import Any
 
 from count import AT_ONCE, Counted, count
 from default import GPUS, Config, PlanConfig, UsageError
+from models.memory import ROOM
 from models.work import KINDS, Work
 from utils.report.tables import Table, terminal_page
 
@@ -84,6 +85,7 @@ class Plan:
     steps: int
     rates: Rates
     memory: dict[str, int]
+    host: dict[str, int]
     disk: dict[str, int]
     sums: dict[str, float]
     step: dict[str, float]
@@ -114,6 +116,7 @@ class Plan:
         ]  # fmt: skip
         tables = [
             column("memory of each GPU", "GB", {n: f"{v / 1e9:.3f}" for n, v in memory.items()}),
+            column("main memory of each process", "GB", {n: f"{v / 1e9:,.2f}" for n, v in self.host.items()}),
             column("on disk", "GB", {n: f"{v / 1e9:,.2f}" for n, v in self.disk.items()}),
             column("sums over all GPUs in a step", "MB", {n: f"{v / 1e6:,.4g}" for n, v in self.sums.items()}),
             column("a step", "", {n: f"{v:,.4g}" for n, v in self.step.items()}),
@@ -192,6 +195,8 @@ def timed(config: Config, found: Counted, images: dict[str, int]) -> Plan:
     gradients, *others = found.sums
     sums = groups * rates.summing([gradients], gpus) + steps * rates.summing(others, gpus)
     stored = found.features(kept + held + tested)
+    bank, where = found.memory["memory_bank"], config.model.memory_place
+    outside = bank if where == "host" or (where == "auto" and bank > ROOM * rates.memory) else 0
     judged = train.meta_epochs * held + -(-train.meta_epochs // config.eval.eval_interval) * tested
     seconds = {
         "extraction": pace.filling * (kept + held + tested) / (gpus if place == "disk" else 1),
@@ -203,8 +208,10 @@ def timed(config: Config, found: Counted, images: dict[str, int]) -> Plan:
     state = sum(found.memory[part] for part in ("weights", "optimiser", "memory_bank"))
     return Plan(
         gpus=gpus, images=images, steps=steps, rates=rates,
-        memory=found.memory | ({"features_of_all": stored} if place == "device" else {}),
-        disk=({"features": stored} if place == "disk" else {}) | {"a_checkpoint": state},
+        memory=found.memory
+        | {"memory_bank": bank - outside, "features_of_all": stored if place == "device" else 0},
+        host={"memory_bank": outside, "features_of_all": stored if place == "ram" else 0},
+        disk={"features_of_all": stored if place == "disk" else 0, "a_checkpoint": state},
         sums={"gradients": gradients, "codebooks_and_norms": sum(others), "sent_by_each": sent(sum(found.sums), gpus)},
         step={
             "seconds": step, "seconds_of_sums": sums / steps if steps else 0.0, "sums": len(found.sums),

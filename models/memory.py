@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from utils.run.device import exact_products
 
 ROOM = 0.5  # of a device's free memory that vectors may take there
-AT_ONCE = 1 << 16  # descriptors compared at a time, in single precision
+AT_ONCE = {"cpu": 1 << 10}  # descriptors compared at a time, in single precision: on a CPU they stay in its cache
+MOST_AT_ONCE = 1 << 16  # elsewhere
 ROWS = 256  # stored vectors compared at a time on a CPU: the products of more do not stay in its cache
 SAME = 0.01  # of a descriptor's norm: closer to a stored one than this is the same image
 
@@ -101,7 +102,7 @@ class Memory(nn.Module):
 
     def _most_alike(self, descriptor: Tensor, own: bool) -> Tensor:
         """Numbers of the stored images most like each one of `descriptor` (B, C_3): (B, at most `nearest`)."""
-        known = self.descriptors.split(AT_ONCE)
+        known = self.descriptors.split(AT_ONCE.get(descriptor.device.type, MOST_AT_ONCE))
         gaps = torch.cat([squared(descriptor, part.float()) for part in known], 1)
         if not own:
             closest = gaps.argmin(1)

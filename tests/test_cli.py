@@ -27,17 +27,17 @@ SURFACE = """
 --concat-pos --conditioning --context --data-path --dataset --deterministic --device --dim-cpc --dry-run --efficiency
 --engine --eval-ckpt --eval-interval --eval-size --eval_ckpt --extractor --fail-on --false-alarm-rate --float-range
 --fpr-limit --good-names --gpu --gpus --help --holdout --image-score --images --input-size --interconnect --json
---k-cpc --k-cspc --latency --limit --loc-eval --lr --max-dropped --max-pixels --memory --meta-epochs --mixed-gaussian
---mode --multi-class --name --no-amp-enable --no-checkpoint-activations --no-compare --no-compile --no-concat-pos
---no-deterministic --no-json --no-loc-eval --no-mixed-gaussian --no-multi-class --no-offline --no-overlays
---no-pattern-quantize --no-pre-extract --no-pretrained --no-pro-eval --no-quantize-enable --no-reassign-quantize
---no-report --no-resume --no-save-masks --no-standardize --no-tensorboard --no-trust-masks --no-wandb-enable --noise
---objective --offline --output --overlays --parallel-blocks --pattern-quantize --pictures --pixel-score --pool-type
---pre-extract --precision --preset --pretrained --pro-eval --pro-eval-interval --pro-score --profile --quantize-enable
---quantize-type --quantize-weight --reading --reassign-quantize --report --resume --save-every --save-maps
---save-masks --schedule --seed --seeds --semantics --standardize --storage --sub-epochs --tensorboard --test-images
---tflops --top-k --trust-masks --version --wandb-enable --warmup --watch --weight-decay --weights --work-dir --workers
--h
+--k-cpc --k-cspc --latency --limit --loc-eval --lr --max-dropped --max-pixels --memory --memory-place --meta-epochs
+--mixed-gaussian --mode --multi-class --name --no-amp-enable --no-checkpoint-activations --no-compare --no-compile
+--no-concat-pos --no-deterministic --no-json --no-loc-eval --no-mixed-gaussian --no-multi-class --no-offline
+--no-overlays --no-pattern-quantize --no-pre-extract --no-pretrained --no-pro-eval --no-quantize-enable
+--no-reassign-quantize --no-report --no-resume --no-save-masks --no-standardize --no-tensorboard --no-trust-masks
+--no-wandb-enable --noise --objective --offline --output --overlays --parallel-blocks --pattern-quantize --pictures
+--pixel-score --pool-type --pre-extract --precision --preset --pretrained --pro-eval --pro-eval-interval --pro-score
+--profile --quantize-enable --quantize-type --quantize-weight --reading --reassign-quantize --report --resume
+--save-every --save-maps --save-masks --schedule --seed --seeds --semantics --standardize --storage --sub-epochs
+--tensorboard --test-images --tflops --top-k --trust-masks --version --wandb-enable --warmup --watch --weight-decay
+--weights --work-dir --workers -h
 """
 
 RELEASED = {
@@ -75,7 +75,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "bit_depth": ("12", 12), "float_range": ("-1 2.5", [-1.0, 2.5]), "background": ("black", "black"),
     "false_alarm_rate": ("0.05", 0.05),
     "max_pixels": ("9", 9), "good_names": ("gut fein", ["gut", "fein"]), "trust_masks": ("", True),
-    "holdout": ("0.1", 0.1), "memory": ("100", 100), "semantics": ("pooled", "pooled"), "context": ("3", 3),
+    "holdout": ("0.1", 0.1), "memory": ("100", 100),
+    "memory_place": ("host", "host"), "semantics": ("pooled", "pooled"), "context": ("3", 3),
     "cache": ("ram", "ram"), "accumulate": ("2", 2), "compile": ("", True), "checkpoint_activations": ("", True),
     "profile": ("3", 3), "seeds": ("1 2", [1, 2]), "name": ("mine", "mine"), "paths": ("a b --mode table", ["a", "b"]),
     "output": ("o --mode predict --eval_ckpt a.pt", "o"), "overlays": ("no", False),

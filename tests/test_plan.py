@@ -194,24 +194,28 @@ def test_time_goes_with_the_slowest(counted: Counted) -> None:
     plain, half = plan(counted, *FAST), plan(counted, *FAST, "--efficiency", "0.2")
     assert half.hours["training"] == pytest.approx(2 * plain.hours["training"])
     read = plan(counted, "--storage", "1e-4")
-    assert read.hours["first_look"] * 3600 == pytest.approx(2 * read.disk["features"] * 180 / 220 / 1e5)
+    assert read.hours["first_look"] * 3600 == pytest.approx(2 * read.disk["features_of_all"] * 180 / 220 / 1e5)
     slow = plan(counted, "--storage", "1e9", "--reading", "1", "--workers", "2")
     assert slow.hours["extraction"] * 3600 == pytest.approx(220 / 2)
     fresh = plan(counted, "--cache", "none", "--reading", "1", "--workers", "2")
-    assert fresh.hours["extraction"] == 0.0 and "features" not in fresh.disk
+    assert fresh.hours["extraction"] == 0.0 and fresh.disk["features_of_all"] == 0
     assert fresh.hours["training"] * 3600 == pytest.approx(fresh.steps * 4 / 2)
     assert fresh.hours["evaluation"] * 3600 == pytest.approx((2 * 20 + 1 * 20) / 2)
 
 
 def test_features_lie_where_they_are_kept(counted: Counted) -> None:
     disk, device = (plan(counted, "--cache", place) for place in ("disk", "device"))
-    assert device.memory["features_of_all"] == disk.disk["features"] and "features" not in device.disk
+    assert device.memory["features_of_all"] == disk.disk["features_of_all"] and not device.disk["features_of_all"]
+    ram = plan(counted, "--cache", "ram")
+    assert ram.host["features_of_all"] == disk.disk["features_of_all"] > ram.disk["features_of_all"] == 0
+    bank, outside = disk.memory["memory_bank"], plan(counted, "--memory-place", "host")
+    assert outside.host["memory_bank"] == bank == disk.total - outside.total > 0
     assert "fits into 80" in device.text()
     large = plan(counted, "--cache", "device", "--images", "20000000", "--gpu", "v100")
     assert "does NOT fit into 32" in large.text() and large.plain()["fits"] is False
-    assert device.total - disk.total == disk.disk["features"]
+    assert device.total - disk.total == disk.disk["features_of_all"]
     shapes = sum(2 * h * w * c for h, w, c in counted.shapes)
-    assert disk.disk["features"] == 220 * (shapes + 64 * 64 // 8)
+    assert disk.disk["features_of_all"] == 220 * (shapes + 64 * 64 // 8)
 
 
 def test_text_and_json_say_the_same(counted: Counted, capsys: pytest.CaptureFixture[str]) -> None:
