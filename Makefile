@@ -97,7 +97,7 @@ check: lint types test
 audit: setup
 	$(PY) .ci/licences.py
 	$(PY) -m pip install --quiet -e ".[audit]"
-	$(PY) -m pip_audit --skip-editable
+	$(PY) .ci/audit.py
 
 soak: setup
 	$(PY) benchmarks/soak.py

@@ -27,6 +27,7 @@ VISA_CLASSES = (
 DATASETS = (
     "mvtec", "visa", "folder", "sample", "visa-fewshot", "visa-highshot", "btad", "mpdd", "mvtec-ad-2", "mvtec-loco",
     "mvtec-3d", "real-iad", "ksdd2", "kolektorsdd", "cifar10", "autovi", "vad", "jsonl", "csv",
+    "real-iad-sv", "real-iad-noise-0.0", "real-iad-noise-0.1", "real-iad-noise-0.2", "real-iad-noise-0.4",
 )  # fmt: skip
 FPR_LIMITS = {"mvtec-ad-2": 0.05}  # of AUPRO, where a data set's paper asks for another one than the default
 PUBLISHED = ("mvtec", "visa", "btad", "mpdd", "real-iad", "cifar10")  # data sets that others have published figures of

@@ -39,7 +39,8 @@ SPECS: dict[str, DatasetSpec] = {
     "visa-fewshot": visa.FEWSHOT, "visa-highshot": visa.HIGHSHOT, "btad": btad.SPEC, "mpdd": mpdd.SPEC,
     "mvtec-ad-2": mvtec_ad_2.SPEC, "mvtec-loco": loco.SPEC, "mvtec-3d": mvtec_3d.SPEC, "real-iad": real_iad.SPEC,
     "ksdd2": kolektor.SECOND, "kolektorsdd": kolektor.FIRST, "cifar10": cifar10.SPEC, "autovi": autovi.SPEC,
-    "vad": vad.SPEC, "jsonl": manifest.JSONL, "csv": manifest.CSV,
+    "vad": vad.SPEC, "jsonl": manifest.JSONL, "csv": manifest.CSV, "real-iad-sv": real_iad.SINGLE_VIEW,
+    **{f"real-iad-noise-{share}": spec for share, spec in zip(real_iad.NOISE, real_iad.NOISY, strict=True)},
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Real-IAD (Wang et al., CVPR 2024): 30 products, five views of each sample, splits in json files.
 
-The unified setting of one class a file is read, `realiad_jsons/CLASS.json`; of several sizes of the images the largest
-of 1024, 512 and 256 pixels, or else the raw ones. Defective training images, which other splits have, are not used.
+A file of each class says the split: `realiad_jsons/CLASS.json`, of the single-view setting `realiad_jsons_sv/...`, of
+the settings with noise `realiad_jsons_fuiad_0.1/...`, where that share of the training images is defective and no label
+says which. Of several sizes of the images the largest of 1024, 512 and 256 pixels is read, or else the raw ones.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from datasets.folder import GOOD, Counts, DatasetSpec, Item, Scan
 from datasets.saturation import auroc_of
+from datasets.walk import is_inside
 from default import UsageError
 
 CLASSES = (
@@ -25,33 +29,35 @@ CLASSES = (
     "usb", "usb_adaptor", "vcpill", "wooden_beads", "woodstick", "zipper",
 )  # fmt: skip
 IMAGES = ("realiad_1024", "realiad_512", "realiad_256", "realiad_raw")
-SPLITS = (Path("realiad_jsons"), Path("realiad_jsons") / "realiad_jsons")
+SPLITS = "realiad_jsons"
+NOISE = ("0.0", "0.1", "0.2", "0.4")
 SAMPLE = re.compile(r"([a-zA-Z][a-zA-Z0-9_]*_[0-9]{4}_[A-Z][A-Z_]*[A-Z])_C[0-9]_")  # without the view
 
 
-def split_of(root: Path, name: str) -> Path | None:
-    """The split file of a class, None if it is missing."""
-    return next((p for p in (root / place / f"{name}.json" for place in SPLITS) if p.is_file()), None)
+def split_of(root: Path, name: str, splits: str) -> Path | None:
+    """The split file of a class, None if it is missing; its folder may lie in one more of the archive's."""
+    places = (root / splits, root / SPLITS / splits)
+    return next((p for p in (place / f"{name}.json" for place in places) if p.is_file()), None)
 
 
-def found(root: Path) -> tuple[str, ...]:
+def found(root: Path, splits: str = SPLITS) -> tuple[str, ...]:
     """The classes whose split file is there."""
-    return tuple(name for name in CLASSES if split_of(root, name))
+    return tuple(name for name in CLASSES if split_of(root, name, splits))
 
 
-def scan_real_iad(folder: Path, class_index: int, good_names: Sequence[str]) -> Scan:
-    """What the split file of a class lists.
+def scan_real_iad(
+    folder: Path, class_index: int, good_names: Sequence[str], *, splits: str = SPLITS, noisy: bool = False
+) -> Scan:
+    """What the split file of a class lists; its defective training images are not used unless it is `noisy`.
 
     Raises:
-        UsageError: it cannot be read, or an image or mask that it lists is missing.
+        UsageError: it cannot be read, or an image or mask that it lists is missing or not one of the class's.
     """
     root, name = folder.parent, folder.name
-    split = split_of(root, name)
+    split = split_of(root, name, splits)
     images = next((root / place for place in IMAGES if (root / place / name).is_dir()), None)
     if split is None or images is None:
-        raise UsageError(
-            f"--data-path: {root} lacks {name}.json in {SPLITS[0]}, or {name} in one of {', '.join(IMAGES)}"
-        )
+        raise UsageError(f"--data-path: {root} lacks {name}.json in {splits}, or {name} in one of {', '.join(IMAGES)}")
     try:
         content = json.loads(split.read_text(encoding="utf-8"))
         normal = str(content["meta"]["normal_class"])
@@ -61,7 +67,10 @@ def scan_real_iad(folder: Path, class_index: int, good_names: Sequence[str]) -> 
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{split}: expected meta (prefix, normal_class), train and test") from error
-    kept = [item for item in train if not item.label]
+    for path in (p for item in (*train, *test) for p in (item.path, item.mask_path) if p is not None):
+        if not is_inside(path, images, images / name):
+            raise UsageError(f"--data-path: {split} lists {path}, which leads out of {images}")
+    kept = [replace(item, label=0, mask_path=None) for item in train if noisy or not item.label]
     if not kept or not test:
         raise UsageError(f"--data-path: {split} lists no normal training images, or no test images")
     dropped = len(train) - len(kept)
@@ -122,4 +131,19 @@ SPEC = DatasetSpec(
     licence="CC BY-NC-SA 4.0",
     citation="Wang et al., Real-IAD, CVPR 2024, arXiv 2403.12580",
     hint="; unpack Real-IAD there (https://realiad4ad.github.io/Real-IAD/)",
+)
+SINGLE_VIEW, *NOISY = (
+    replace(
+        SPEC,
+        title=f"Real-IAD's {title} split",
+        scan=partial(scan_real_iad, splits=splits, noisy=noisy),
+        found=partial(found, splits=splits),
+        total=None,
+        protocol=SPEC.protocol if noisy else None,
+        layout=f"{splits}/CLASS.json and realiad_1024/CLASS (or _512, _256, _raw)",
+    )
+    for title, splits, noisy in (
+        ("single-view", f"{SPLITS}_sv", False),
+        *((f"{100 * float(share):.0f} % noise", f"{SPLITS}_fuiad_{share}", True) for share in NOISE),
+    )
 )

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from datasets.folder import GOOD, Counts, DatasetSpec, Item, Scan
-from datasets.walk import natural, scan_mvtec, unused
+from datasets.walk import is_inside, natural, scan_mvtec, unused
 from default import VISA_CLASSES, UsageError
 
 SPLITS = Path("split_csv")
@@ -91,6 +91,8 @@ def inside(root: Path, name: str, place: str, split: Path) -> Path:
     parts = Path(place).parts
     if "\0" in place or ".." in parts or parts[:1] != (name,):
         raise UsageError(f"--data-path: {root / split} lists {place!r}, which is not in the folder of {name}")
+    if not is_inside(root / place, root / name):
+        raise UsageError(f"--data-path: {root / split} lists {place!r}, a link that leads out of the folder of {name}")
     return root / place
 
 

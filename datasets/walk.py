@@ -82,6 +82,12 @@ def image_files(folder: Path) -> list[Path]:
     return [p for p in walk(folder) if is_image(p)]
 
 
+def is_inside(path: Path, *folders: Path) -> bool:
+    """Whether a path leads into one of the folders; links are followed."""
+    place = path.resolve()
+    return any(place.is_relative_to(folder.resolve()) for folder in folders)
+
+
 def spelled(name: str) -> str:
     """What is the same in names of folders: Defect-Free, defect free, defect_free."""
     return re.sub(r"[\s-]+", "_", name.casefold())

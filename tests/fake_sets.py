@@ -130,10 +130,14 @@ def make_real_iad(root: Path, classes: tuple[str, ...] = ("audiojack",), *, nest
                     (place / f"{stem}.jpg").as_posix(), "mask_path": mask,
                 }  # fmt: skip
                 rows["train" if sample < 2 else "test"].append(row)
-        jsons = root / "realiad_jsons" / ("realiad_jsons" if nested else "")
-        jsons.mkdir(parents=True, exist_ok=True)
-        content = {"meta": {"prefix": f"{name}/", "normal_class": "OK"}, **rows}
-        (jsons / f"{name}.json").write_text(json.dumps(content))
+        noisy = {"train": [*rows["train"], *rows["test"][-5:]], "test": rows["test"][:-5]}  # a defective sample
+        single = {part: [row for row in found if "_C1_" in row["image_path"]] for part, found in rows.items()}
+        for kind, found in (("", rows), ("_sv", single), ("_fuiad_0.2", noisy)):
+            jsons = root / "realiad_jsons" / (f"realiad_jsons{kind}" if nested else "")
+            jsons = jsons if nested or not kind else root / f"realiad_jsons{kind}"
+            jsons.mkdir(parents=True, exist_ok=True)
+            content = {"meta": {"prefix": f"{name}/", "normal_class": "OK"}, **found}
+            (jsons / f"{name}.json").write_text(json.dumps(content))
     return root
 
 

@@ -205,6 +205,24 @@ def test_bad_split_files_are_named(tmp_path: Path) -> None:
         load(config)
 
 
+def test_links_do_not_lead_visas_split_out_of_a_class(tmp_path: Path) -> None:
+    root = make_visa_original(tmp_path / "visa", ("candle",))
+    config = data("visa", root, class_names=("candle",))
+    count = len(load(config)[0])
+    (root / "candle").rename(tmp_path / "candle")
+    (root / "candle").symlink_to(tmp_path / "candle")
+    assert len(load(config)[0]) == count, "a class may lie on another disk"
+    image = tmp_path / "candle" / "Data" / "Images" / "Normal" / "0001.JPG"
+    image.rename(image.with_name("moved.JPG"))
+    image.symlink_to("moved.JPG")
+    assert len(load(config)[0]) == count, "a link within the class"
+    image.with_name("moved.JPG").rename(tmp_path / "secret.JPG")
+    image.unlink()
+    image.symlink_to(tmp_path / "secret.JPG")
+    with pytest.raises(UsageError, match=r"1cls\.csv lists 'candle/\S+0001\.JPG', a link that leads out of the folder"):
+        load(config)
+
+
 def test_damaged_images_are_named_whatever_the_decoder_says(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     save(path, picture(np.random.default_rng(0))[0])

@@ -1,6 +1,7 @@
 """Masks: what they mark, whatever the file's kind, and which ones are refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import tifffile
 from PIL import Image
 
 from datasets import build_datasets
-from datasets.folder import ImageFolder
+from datasets.checks import check_shared
+from datasets.folder import ImageFolder, Item
 from datasets.masks import agree, check_levels, check_marks, load_mask, read_marks
 from default import DataConfig, UsageError
 from fake_data import make_mvtec, picture, save
@@ -245,6 +247,34 @@ def test_a_tag_behind_the_pixels_counts(tmp_path: Path) -> None:
     seen[4:20, 6:16] = 255
     Image.fromarray(seen).save(mask)
     assert masks_of(tmp_path)[:, :32].sum() > 3 * masks_of(tmp_path)[:, 32:].sum()
+
+
+def test_a_mask_of_the_right_height_alone_is_of_another_shape(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path, ("bottle",), train=1, good=1, bad=1)
+    mask = root / "bottle" / "ground_truth" / "broken" / "000_mask.png"
+    for size in ((64, 32), (32, 64)):
+        Image.fromarray(np.eye(*size, dtype=np.uint8) * 255).save(mask)
+        with pytest.raises(
+            UsageError, match=rf"000_mask\.png: {size[1]} x {size[0]} is another shape than the 64 x 64"
+        ):
+            masks_of(root)
+
+
+def test_masks_of_one_image_are_compared_with_the_first(tmp_path: Path) -> None:
+    for name, side in (("000", 8), ("001", 8), ("002", 9), ("003", 8)):
+        save(tmp_path / f"{name}.png", np.eye(side, dtype=np.uint8) * 255, "L")
+    with pytest.raises(UsageError, match=r"002\.png: has another size than \S+000\.png, a mask of the same image"):
+        read_marks(tmp_path)
+
+
+def test_one_image_with_one_mask_listed_twice_is_no_mistake(tmp_path: Path) -> None:
+    once, again = (
+        Item(path=Path("a.png"), mask_path=Path("m.png"), label=1, class_index=0, kind="bad", name="a")
+        for _ in range(2)
+    )
+    check_shared([once, again])
+    with pytest.raises(UsageError, match=r"m\.png: is the mask of two images, a\.png and b\.png"):
+        check_shared([once, replace(again, path=Path("b.png"))])
 
 
 def test_no_mask_of_the_development_images_is_refused(real_images: Path) -> None:

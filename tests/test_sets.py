@@ -166,6 +166,37 @@ def test_real_iad_also_with_a_folder_more_and_other_sizes(tmp_path: Path) -> Non
         load("real-iad", tmp_path, "audiojack")
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_other_splits_of_real_iad(nested: bool, tmp_path: Path) -> None:
+    make_real_iad(tmp_path, nested=nested)
+    train, test = load("real-iad-sv", tmp_path, "audiojack")
+    assert (len(train), len(test), sum(item.label for item in test.items)) == (2, 4, 2)
+    train, test = load("real-iad-noise-0.2", tmp_path, "audiojack")
+    assert (len(train), len(test), sum(item.label for item in test.items)) == (15, 15, 3)
+    assert {item.kind for item in train.items} == {"good", "BX"} and not any(item.label for item in train.items)
+    with pytest.raises(UsageError, match=r"no folder of the class 'audiojack' .*; expected realiad_jsons_fuiad_0\.4"):
+        load("real-iad-noise-0.4", tmp_path, "audiojack")
+
+
+def test_real_iad_reads_nothing_outside_its_images(tmp_path: Path) -> None:
+    make_real_iad(tmp_path / "data")
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "data" / "realiad_512").rename(elsewhere)
+    (tmp_path / "data" / "realiad_512").mkdir()
+    (tmp_path / "data" / "realiad_512" / "audiojack").symlink_to(elsewhere / "audiojack")
+    assert len(load("real-iad", tmp_path / "data", "audiojack")[1]) == 20, "a class may lie on another disk"
+    split = tmp_path / "data" / "realiad_jsons" / "audiojack.json"
+    whole = split.read_text()
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.jpg")
+    for text in (
+        whole.replace("OK/S0000/audiojack_0000_OK_C1_20230921.jpg", "../../secret.jpg"),
+        whole.replace("OK/S0000/audiojack_0000_OK_C1_20230921.jpg", (tmp_path / "secret.jpg").as_posix()),
+    ):
+        split.write_text(text)
+        with pytest.raises(UsageError, match=r"audiojack\.json lists .*secret\.jpg, which leads out of .*realiad_512"):
+            load("real-iad", tmp_path / "data", "audiojack")
+
+
 @pytest.mark.parametrize("name", ["fewshot", "highshot"])
 def test_two_class_splits_of_visa(name: str, tmp_path: Path) -> None:
     make_visa_split(make_visa_original(tmp_path), name)

@@ -1,6 +1,10 @@
-"""What the soak calls growth, and the table of licences."""
+"""What the soak calls growth, what an audit looks up, and the table of licences."""
 
+import json
+import os
 import runpy
+import subprocess
+import sys
 from importlib.metadata import Distribution
 from pathlib import Path
 
@@ -42,6 +46,42 @@ def test_what_is_open_is_counted(tmp_path: Path) -> None:
     block[::4096] = b"x" * len(block[::4096])
     assert Usage.now().memory - during.memory == pytest.approx(64, abs=8)
     assert found[0].files == before.files + 1
+
+
+ASKED = """
+import json, sys
+from pathlib import Path
+service = sys.argv[sys.argv.index("--vulnerability-service") + 1]
+with Path("asked.txt").open("a") as file:
+    file.write(service + (" jinja2" if "-r" in sys.argv else " all") + "\\n")
+answers = json.loads(Path("answers.json").read_text())
+if "-r" in sys.argv:
+    assert Path(sys.argv[sys.argv.index("-r") + 1]).read_text() == "jinja2==2.10\\n"
+    print(answers[service])
+sys.exit(3)
+"""
+SOME, NONE = (json.dumps({"dependencies": [{"name": "jinja2", "vulns": found}]}) for found in ([{"id": "CVE"}], []))
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked", "status"),
+    [
+        ({"pypi": SOME}, ["pypi jinja2", "pypi all"], 3),
+        ({"pypi": NONE, "osv": SOME}, ["pypi jinja2", "osv jinja2", "osv all"], 3),
+        ({"pypi": NONE, "osv": ""}, ["pypi jinja2", "osv jinja2"], 1),
+    ],
+)
+def test_an_audit_that_could_ask_nobody_says_so(answers: dict, asked: list[str], status: int, tmp_path: Path) -> None:
+    """With a program in pip-audit's place that knows what `answers` say, and leaves with status 3."""
+    (tmp_path / "pip_audit.py").write_text(ASKED)
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / ".ci" / "audit.py")], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, (tmp_path / "asked.txt").read_text().splitlines()) == (status, asked)
+    said = "make audit: nothing was looked up: neither pypi nor osv, as reached from here, knows a weakness of jinja2"
+    assert done.stderr.startswith(said) if status == 1 else not done.stderr
 
 
 def test_licences_are_what_packages_say(tmp_path: Path) -> None:
