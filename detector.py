@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from datasets.decode import colours, read_pixels, shallow
+from datasets.geometry import Geometry
 from datasets.pixels import Pixels, check_size, has_transparency
 from datasets.reading import PLAIN, Reading, picture
 from datasets.transforms import to_tensor
@@ -74,6 +75,7 @@ class ImageDetector:
 
     def __init__(self, config: Config, members: Sequence[Member], graph: Graph | None = None) -> None:
         self.config, self.members, self.graph = config, list(members), graph
+        self.geometry = Geometry.of(config.data)
         self._lock = threading.Lock()  # what a model keeps between images is not per thread, nor are PyTorch's settings
 
     @property
@@ -120,7 +122,7 @@ class ImageDetector:
         views, problem, picture = {}, None, None
         for reading, numbers in self._ways(path, pixels).items():
             try:
-                views[numbers] = to_tensor(path, pixels, self.config.data.input_size, reading)
+                views[numbers] = to_tensor(path, pixels, self.geometry, reading)
                 picture = seen(path, pixels, reading) if picture is None else picture
             except UsageError as error:  # deeper than all images of a class are: its model does not answer
                 problem = problem or error
@@ -147,7 +149,8 @@ class ImageDetector:
         made = []
         for one, own in zip(opened, answers, strict=True):
             number = max(own, key=lambda number: normality(own[number])) if len(own) > 1 else next(iter(own))
-            made.append(prediction(own[number], one.size, self.members[number].class_name))
+            drawn = self.geometry.place(one.size).drawn(own[number].map)
+            made.append(prediction(own[number], drawn, self.members[number].class_name))
         return made
 
     def _answers(self, opened: Sequence[Opened]) -> list[dict[int, Answer]]:
@@ -262,7 +265,8 @@ def from_file(path: Path, config: Config, chosen: dict[str, Any]) -> ImageDetect
         engine=engine, class_name=None if facts["multi_class"] else classes[0],
         readings=tuple(dict.fromkeys(readings.values())) or (PLAIN,),
     )  # fmt: skip
-    return ImageDetector(replace(config, data=replace(config.data, input_size=facts["input_size"])), [member])
+    shape = {name: facts[name] for name in ("input_size", "resize", "center_crop")}
+    return ImageDetector(replace(config, data=replace(config.data, **shape)), [member])
 
 
 def only(path: Path, readings: Sequence[Reading]) -> Reading:

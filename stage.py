@@ -74,7 +74,7 @@ class Stage:
         model = config.model
         self.extractor = FrozenExtractor(
             model.extractor,
-            input_size=config.data.input_size,
+            input_size=config.data.view_size,
             weights=model.weights,
             pretrained=model.pretrained,
             normalization=normalization,
@@ -160,7 +160,7 @@ class Stage:
     def cache_folder(self, dataset: ImageFolder) -> Path:
         """Where features of these images, as this configuration extracts them, are kept on disk."""
         key = cache_key(
-            dataset, extractor=self.fingerprint, pool=self.config.model.kept_pool, size=dataset.input_size,
+            dataset, extractor=self.fingerprint, pool=self.config.model.kept_pool, size=dataset.geometry,
             masks=dataset.mask_size, amp=self.config.train.amp_enable and has_bfloat16(self.device),
         )  # fmt: skip
         return self.cache / key

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from datasets import are_unseen, build_datasets, present_classes, resolve_classes, split_holdout
@@ -39,25 +41,29 @@ def evaluate(
     config: EvalConfig,
     *,
     wanted: Collection[int] = (),
+    test: ImageFolder | None = None,
 ) -> EvalResult:
     """Score every image of `batches`, whose masks have the detector's size, and compute each class's metrics.
 
-    The detector is put into eval mode, and back as it was. Shown maps are kept of the `wanted` images in any case.
+    The detector is put into eval mode, and back as it was. Shown maps are kept of the `wanted` images in any case. The
+    images of `batches` are those of `test`, in order, which --eval-size native and --resize pad need.
     """
     was_training = detector.training
     detector.eval()
     accumulators = {name: ClassAccumulator(fpr_limit=config.fpr_limit) for name in class_names}
     images: list[ImageResult] = []
+    native = config.eval_size == "native"
     album = Album(wanted)
     for batch in batches:
         judgement = detector.judge(batch.features)
         maps = judgement.maps
         scores = image_scores(getattr(maps, config.image_score), config.top_k)
-        for index, own in by_class(batch.class_index):
-            accumulators[class_names[index]].update(
-                labels=batch.label[own], scores=scores[own], masks=batch.mask[own],
-                maps=getattr(maps, config.pixel_score)[own], pro_maps=getattr(maps, config.pro_score)[own],
-            )  # fmt: skip
+        pixel, pro = getattr(maps, config.pixel_score), getattr(maps, config.pro_score)
+        for own in alike(batch, test, native=native):
+            seen = truth_of(batch, own, (pixel, pro), test, len(images), native=native)
+            accumulators[class_names[int(batch.class_index[own[0]])]].update(
+                labels=batch.label[own], scores=scores[own], masks=seen[0], maps=seen[1], pro_maps=seen[2]
+            )
         verdict = None if detector.decision is None else detector.decide(judgement, scores)
         shown = getattr(maps, config.shown_score)
         found = image_results(batch, class_names, scores, shown, judgement.output.concept, verdict)
@@ -117,10 +123,32 @@ def decided_by(detector: Detector, images: Sequence[ImageResult], rate: float) -
     )  # fmt: skip
 
 
-def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each class in the batch and the rows that belong to it."""
-    for index in class_index.unique().tolist():
-        yield index, (class_index == index).nonzero().flatten()
+def alike(batch: FeatureBatch, test: ImageFolder | None, *, native: bool) -> Iterable[Tensor]:
+    """Rows of a batch that can be added up together: of one class, and, where sizes differ, of one image."""
+    rows = torch.arange(len(batch.label))
+    if native or (test is not None and test.geometry.pads):
+        return rows.split(1)
+    return [rows[(batch.class_index == index).cpu()] for index in batch.class_index.unique()]
+
+
+def truth_of(
+    batch: FeatureBatch, rows: Tensor, maps: Sequence[Tensor], test: ImageFolder | None, first: int, *, native: bool
+) -> list[Tensor]:
+    """Masks of some rows of a batch, and each of its `maps` (B, H, W), all (N, h, w) and without what is padded.
+
+    `first` is the number in `test` of the batch's first image.
+    """
+    if test is None or not (native or test.geometry.pads):
+        return [values[rows.to(values.device)] for values in (batch.mask, *maps)]
+    number, row = first + int(rows), int(rows)
+    place = test.place(number)
+    found = [values[row].float().cpu().numpy() for values in maps]
+    if native:
+        part = place.seen(place.size)
+        made = [test.marks(number), *(place.drawn(values)[part] for values in found)]
+    else:
+        made = [place.part(values) for values in (batch.mask[row].cpu().numpy(), *found)]
+    return [torch.from_numpy(np.ascontiguousarray(values))[None] for values in made]
 
 
 class Ended:
@@ -225,7 +253,7 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
         source = stage.ordered_features(test)
         batches = progress(source.epoch(0), total=len(source), text="evaluation")
         with stage.reading():
-            found = evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval))
+            found = evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), test=test)
         sets = (*split_holdout(train, own.data.holdout), test)
         ended = ended or Ended(new_run(own), own)
         ended.unseen &= are_unseen(*sets[:2])

@@ -101,7 +101,7 @@ def fit_part(stage: Stage, detector: Detector, part: Part, source: Source, folde
         if test_source is None:
             return evaluate(detector, (), part.classes, config.eval)
         batches = progress(test_source.epoch(0), total=len(test_source), text="evaluation")
-        return evaluate(detector, batches, part.classes, config.eval, wanted=wanted)
+        return evaluate(detector, batches, part.classes, config.eval, wanted=wanted, test=part.test)
 
     supply = supply_of(stage, source, part.kept, part.normal if part.unseen else None)
     own = identity(stage, part.classes, part.train)

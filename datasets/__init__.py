@@ -9,6 +9,7 @@ from pathlib import Path
 from datasets import mvtec, sample, visa, walk
 from datasets.checks import check_items
 from datasets.folder import DatasetSpec, ImageFolder, Item, Scan
+from datasets.geometry import Geometry
 from datasets.reading import Reading, check_flags, decide
 from default import DataConfig, UsageError
 from utils.run.text import one_line
@@ -99,7 +100,7 @@ def build_datasets(
         check_items([*parts[0], *parts[1]], reading, data)
         train += parts[0]
         test += parts[1]
-    made = ImageFolder(train, data.input_size, None, settled, data.max_pixels)
+    made = ImageFolder(train, Geometry.of(data), None, settled, data.max_pixels)
     return made, made.having(test, mask_size)
 
 

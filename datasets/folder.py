@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.decode import read_pixels
-from datasets.masks import load_mask
-from datasets.pixels import MAX_PIXELS
+from datasets.geometry import Geometry, Place
+from datasets.masks import load_mask, own_marks
+from datasets.pixels import MAX_PIXELS, read_header
 from datasets.reading import PLAIN, Reading
 from datasets.transforms import to_tensor
 
@@ -108,7 +111,7 @@ class DatasetSpec:
 
 
 class ImageFolder(Dataset[Sample]):
-    """The images of some items at one size, their masks at that size too unless `mask_size` says another one.
+    """The images of some items as squares, their masks of the same size unless `mask_size` says another one.
 
     `readings` say how the images of each class are read, by class index; without any they are plain.
     """
@@ -116,13 +119,19 @@ class ImageFolder(Dataset[Sample]):
     def __init__(
         self,
         items: Sequence[Item],
-        input_size: int,
+        geometry: Geometry,
         mask_size: int | None = None,
         readings: Sequence[Reading] = (),
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.items, self.input_size, self.mask_size = tuple(items), input_size, mask_size or input_size
+        self.items, self.geometry, self.mask_size = tuple(items), geometry, mask_size or geometry.side
         self.readings, self.max_pixels = tuple(readings), max_pixels
+        self._places: dict[int, Place] = {}
+
+    @property
+    def input_size(self) -> int:
+        """Side of the squares."""
+        return self.geometry.side
 
     def __len__(self) -> int:
         return len(self.items)
@@ -132,14 +141,33 @@ class ImageFolder(Dataset[Sample]):
         pixels = read_pixels(item.path, self.max_pixels)
         mask = torch.zeros(size, size, dtype=torch.bool)
         if item.mask_path is not None:
-            mask = load_mask(item.mask_path, size, pixels.size, pixels.orientation, self.max_pixels)
+            mask = load_mask(item.mask_path, size, pixels.size, pixels.orientation, self.max_pixels, self.geometry)
         return Sample(
-            image=to_tensor(item.path, pixels, self.input_size, self.reading(item)),
+            image=to_tensor(item.path, pixels, self.geometry, self.reading(item)),
             mask=mask,
             label=item.label,
             class_index=item.class_index,
             path=str(item.path),
         )
+
+    def place(self, number: int) -> Place:
+        """Where an image lies on its square."""
+        if number not in self._places:
+            path = self.items[number].path
+            width, height = read_header(path, self.max_pixels).size
+            if width != height:  # a tag may turn the image, which decoding tells
+                width, height = read_pixels(path, self.max_pixels).size
+            self._places[number] = self.geometry.place((width, height))
+        return self._places[number]
+
+    def marks(self, number: int) -> NDArray[np.bool_]:
+        """What the mask of an image marks of all that is seen of it, at the image's own size (h, w)."""
+        item, place = self.items[number], self.place(number)
+        rows, columns = place.seen(place.size)
+        if item.mask_path is None:
+            return np.zeros((rows.stop - rows.start, columns.stop - columns.start), bool)
+        orientation = read_pixels(item.path, self.max_pixels).orientation
+        return own_marks(item.mask_path, place.size, orientation, self.max_pixels)[rows, columns]
 
     def reading(self, item: Item) -> Reading:
         """How an image is read."""
@@ -147,7 +175,7 @@ class ImageFolder(Dataset[Sample]):
 
     def having(self, items: Sequence[Item], mask_size: int | None = None) -> ImageFolder:
         """Other images, or masks of another size, read in the same way."""
-        return ImageFolder(items, self.input_size, mask_size or self.mask_size, self.readings, self.max_pixels)
+        return ImageFolder(items, self.geometry, mask_size or self.mask_size, self.readings, self.max_pixels)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -19,12 +19,7 @@ import onnxruntime
 from PIL import Image
 
 COLUMNS = ("path", "score", "p_value", "threshold", "verdict", "peak_x", "peak_y", "peak_value", "error")
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
-ORIENTATION = 0x0112
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # by the tag, what turns a picture upright
 
 
 def files_of(places):
@@ -39,16 +34,14 @@ def files_of(places):
                     yield Path(folder) / name
 
 
-def orientation_of(image):
-    """1, upright, where a file does not say, or says nonsense."""
+def orientation_of(image):  # 1, upright, where a file does not say, or says nonsense
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        return image.getexif().get(0x0112, 1)
     except Exception:
         return 1
 
 
-def background_of(facts):
-    """What the model's classes lay transparent pictures on."""
+def background_of(facts):  # what the model's classes lay transparent pictures on
     found = {reading["background"] for reading in facts["readings"].values()}
     if len(found) != 1 or None in found:
         raise ValueError("is transparent, and the model's classes do not all lie on one background")
@@ -72,18 +65,28 @@ def read(path, facts):
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def judge(session, facts, path):
-    """A line of the table."""
-    image, side = read(path, facts), facts["input_size"]
-    pixels = np.asarray(image.resize((side, side), Image.Resampling.LANCZOS).convert("RGB"))
-    names = [output.name for output in session.get_outputs()]
-    outputs = session.run(names, {"image": pixels[None]})
-    found = {name: value[0] for name, value in zip(names, outputs, strict=True)}
-    y, x = np.unravel_index(found["map"].argmax(), found["map"].shape)
+def axis(own, size, facts):
+    """Of a side of a picture of this size: the square's side, and where what both show begins and ends on either."""
+    full, side = facts["input_size"], facts["center_crop"] or facts["input_size"]
+    long = max(round(full * own / {"squash": own, "pad": max(size), "crop": min(size)}[facts["resize"]]), 1)
+    cut = round((long - side) / 2)
+    first, last = max(-cut, 0), min(long - cut, side)
+    return side, first, last, (first + cut) * (own / long), (last + cut) * (own / long)
+
+
+def judge(session, facts, path):  # a line of the table
+    image, names = read(path, facts), [output.name for output in session.get_outputs()]
+    (side, x0, x1, left, right), (_, y0, y1, top, bottom) = (axis(own, image.size, facts) for own in image.size)
+    seen = image.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS, (left, top, right, bottom)).convert("RGB")
+    pixels = np.pad(np.asarray(seen), ((y0, side - y1), (x0, side - x1), (0, 0)), "edge")
+    found = {n: value[0] for n, value in zip(names, session.run(names, {"image": pixels[None]}), strict=True)}
+    x0, x1, y0, y1 = (round(edge * len(found["map"]) / side) for edge in (x0, x1, y0, y1))
+    part = found["map"][y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
+    y, x = np.unravel_index(part.argmax(), part.shape)
     row = {
-        "score": f"{found['score']:.6g}", "peak_value": f"{found['map'].max():.6g}",
-        "peak_x": int((x + 0.5) * image.width / found["map"].shape[1]),
-        "peak_y": int((y + 0.5) * image.height / found["map"].shape[0]),
+        "score": f"{found['score']:.6g}", "peak_value": f"{part.max():.6g}",
+        "peak_x": int(left + (x + 0.5) * (right - left) / part.shape[1]),
+        "peak_y": int(top + (y + 0.5) * (bottom - top) / part.shape[0]),
     }  # fmt: skip
     if "verdict" in found:
         row |= {n: f"{found[n]:.6g}" for n in ("p_value", "threshold")}
@@ -106,10 +109,8 @@ def main(arguments):
         try:
             row = judge(session, facts, path)
         except Exception as error:  # decoders of damaged files raise anything
-            row, failed = (
-                {"error": (getattr(error, "strerror", None) or str(error) or type(error).__name__)},
-                failed + 1,
-            )
+            failed += 1
+            row = {"error": getattr(error, "strerror", None) or str(error) or type(error).__name__}
         table.writerow({"path": os.fsencode(path).decode("utf-8", "backslashreplace")} | row)
         sys.stdout.flush()
     return 1 if failed else 0

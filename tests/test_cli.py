@@ -23,17 +23,17 @@ PAPER_LINES = (PAPER, PAPER.replace("mvtec", "visa"), PAPER.replace("train", "te
 
 SURFACE = """
 --accumulate --amp-enable --background --batch-size --bit-depth --bootstrap --c-conds --c-pos-conds --cache
---checkpoint-activations --clamp --class-names --clear --clip-norm --codebooks --compare --compile --concat-pos
---conditioning --data-path --dataset --device --dim-cpc --dry-run --engine --eval-ckpt --eval-interval --eval-size
---eval_ckpt --extractor --fail-on --false-alarm-rate --float-range --fpr-limit --good-names --help --holdout
---image-score --input-size --k-cpc --k-cspc --limit --loc-eval --lr --max-dropped --max-pixels --memory --meta-epochs
---mixed-gaussian --mode --multi-class --name --no-amp-enable --no-checkpoint-activations --no-compare --no-compile
---no-concat-pos --no-loc-eval --no-mixed-gaussian --no-multi-class --no-offline --no-overlays --no-pattern-quantize
---no-pre-extract --no-pretrained --no-pro-eval --no-quantize-enable --no-reassign-quantize --no-report --no-resume
---no-save-masks --no-standardize --no-tensorboard --no-trust-masks --no-wandb-enable --noise --objective --offline
---output --overlays --parallel-blocks --pattern-quantize --pictures --pixel-score --pool-type --pre-extract
---precision --preset --pretrained --pro-eval --pro-eval-interval --pro-score --profile --quantize-enable
---quantize-type --quantize-weight --reassign-quantize --report --resume --save-every --save-maps --save-masks
+--center-crop --checkpoint-activations --clamp --class-names --clear --clip-norm --codebooks --compare --compile
+--concat-pos --conditioning --data-path --dataset --device --dim-cpc --dry-run --engine --eval-ckpt --eval-interval
+--eval-size --eval_ckpt --extractor --fail-on --false-alarm-rate --float-range --fpr-limit --good-names --help
+--holdout --image-score --input-size --k-cpc --k-cspc --limit --loc-eval --lr --max-dropped --max-pixels --memory
+--meta-epochs --mixed-gaussian --mode --multi-class --name --no-amp-enable --no-checkpoint-activations --no-compare
+--no-compile --no-concat-pos --no-loc-eval --no-mixed-gaussian --no-multi-class --no-offline --no-overlays
+--no-pattern-quantize --no-pre-extract --no-pretrained --no-pro-eval --no-quantize-enable --no-reassign-quantize
+--no-report --no-resume --no-save-masks --no-standardize --no-tensorboard --no-trust-masks --no-wandb-enable --noise
+--objective --offline --output --overlays --parallel-blocks --pattern-quantize --pictures --pixel-score --pool-type
+--pre-extract --precision --preset --pretrained --pro-eval --pro-eval-interval --pro-score --profile --quantize-enable
+--quantize-type --quantize-weight --reassign-quantize --report --resize --resume --save-every --save-maps --save-masks
 --schedule --seed --seeds --standardize --sub-epochs --tensorboard --top-k --trust-masks --version --wandb-enable
 --warmup --watch --weight-decay --weights --work-dir --workers -h
 """
@@ -52,7 +52,8 @@ RELEASED = {
 OTHER: dict[str, tuple[str, Any]] = {
     "dataset": ("visa", "visa"), "data_path": ("some/where", "some/where"),
     "class_names": ("pill wood", ["pill", "wood"]),
-    "multi_class": ("", True), "input_size": ("128", 128), "limit": ("5", 5), "workers": ("2", 2),
+    "multi_class": ("", True), "resize": ("pad", "pad"), "center_crop": ("96", 96),
+    "input_size": ("128", 128), "limit": ("5", 5), "workers": ("2", 2),
     "pre_extract": ("", True), "extractor": ("resnet18", "resnet18"), "weights": ("w.pth", "w.pth"),
     "pretrained": ("no", False), "pool_type": ("max", "max"), "standardize": ("no", False),
     "quantize_enable": ("", True), "quantize_type": ("naive --quantize-enable", "naive"),
@@ -83,7 +84,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "watch": ("new --mode predict --eval_ckpt a.pt", "new"),
     "fail_on": ("defect --mode predict --eval_ckpt a.pt", "defect"),
     "precision": ("float16 int8 --mode export --eval_ckpt a.pt", ["float16", "int8"]),
-    "eval_size": ("64", 64), "bootstrap": ("50", 50), "compare": ("", True), "report": ("no", False),
+    "eval_size": ("native", "native"), "bootstrap": ("50", 50), "compare": ("", True), "report": ("no", False),
 }  # fmt: skip
 
 
