@@ -16,11 +16,14 @@ from PIL import Image
 
 from benchmarks import engines
 from datasets import build_datasets
-from datasets.transforms import to_picture
+from datasets.decode import read_pixels
+from datasets.geometry import Geometry
+from datasets.reading import PLAIN
+from datasets.transforms import to_picture, to_tensor
 from default import PRECISIONS, UsageError, __version__, from_dict
 from detector import load_detector as load_image_detector
 from export import DECIDED, SCORED, Exported
-from fake_data import METHOD, TINY, load_image, make_mvtec
+from fake_data import METHOD, TINY, make_mvtec
 from main import main
 from stage import Stage, load_detector
 from test import EvalResult, evaluate
@@ -44,7 +47,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("export")
     argv = [*TINY, *METHOD, "--no-multi-class", "--extractor", "test_resnet", "--no-pretrained", "--dataset", "mvtec"]
     argv += ["--data-path", str(make_mvtec(place / "data")), "--class-names", "bottle", "--work-dir", str(place / "w")]
-    argv += ["--memory", "4", "--image-score", "surprise", "--pixel-score", "contrast", "--eval-size", "48"]
+    argv += [
+        "--memory",
+        "4",
+        "--image-score",
+        "surprise",
+        "--pixel-score",
+        "contrast",
+        "--eval-size",
+        "48",
+        "--resize",
+        "pad",
+    ]
     assert main([*argv, "--no-report", "--false-alarm-rate", "0.2"]) == 0
     return next(p for p in (place / "w").iterdir() if p.name != "cache")
 
@@ -142,11 +156,15 @@ def test_the_script_reads_as_the_program_does(folder: Path, expected: EvalResult
     assert [rows[0][name] for name in same] == [rows[1][name] for name in same], "turned as the tag says"
     session = runtime.InferenceSession(str(model))
     for row in rows[1:3]:
-        pixels = to_picture(load_image(Path(row["path"]), 64))
+        path = Path(row["path"])
+        place = Geometry(input_size=64, resize="pad").place((150, 90))
+        pixels = to_picture(to_tensor(path, read_pixels(path), Geometry(input_size=64, resize="pad"), PLAIN))
         found = dict(zip(DECIDED, session.run(list(DECIDED), {"image": pixels[None]}), strict=True))
         assert float(row["score"]) == pytest.approx(float(found["score"][0]), rel=1e-5)
-        y, x = np.unravel_index(found["map"][0].argmax(), (48, 48))
-        assert (int(row["peak_x"]), int(row["peak_y"])) == (int((x + 0.5) * 150 / 48), int((y + 0.5) * 90 / 48))
+        part = place.part(found["map"][0])
+        y, x = np.unravel_index(part.argmax(), part.shape)
+        assert part.shape == (28, 48)
+        assert (int(row["peak_x"]), int(row["peak_y"])) == (int((x + 0.5) * 150 / 48), int((y + 0.5) * 90 / 28))
 
 
 def test_a_batch_is_its_images_and_the_mask_its_map(folder: Path, lines: list[str]) -> None:

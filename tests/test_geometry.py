@@ -1,5 +1,6 @@
 """Images of any shape: squashed, padded, cropped, and maps laid back on them."""
 
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -126,3 +127,17 @@ def test_a_crop_larger_than_the_image_is_refused() -> None:
         with pytest.raises(UsageError, match="--eval-size: expected "):
             make_config(eval_size=value)
     assert torch.equal(Geometry(input_size=8).place((3, 5)).mask(np.ones((5, 3), bool), 4), torch.ones(4, 4).bool())
+
+
+def test_the_script_without_pytorch_lays_images_out_alike() -> None:
+    pytest.importorskip("onnxruntime")
+    script = runpy.run_path(str(Path(__file__).resolve().parents[1] / "deploy" / "run_onnx.py"), run_name="script")
+    for resize in ("squash", "pad", "crop"):
+        for crop in (None, 33, 64):
+            facts = {"input_size": 64, "resize": resize, "center_crop": crop}
+            for size in ((1, 1), (7, 300), (300, 7), (91, 90), (1920, 1080)):
+                place = Geometry(**facts).place(size)  # type: ignore[arg-type]
+                found = [script["axis"](own, size, facts) for own in size]
+                assert [axis[0] for axis in found] == [place.side, place.side]
+                assert [axis[n] for n in (1, 2) for axis in found] == list(place.used)
+                assert [axis[n] for n in (3, 4) for axis in found] == list(place.visible(size))
