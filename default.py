@@ -163,6 +163,22 @@ class DataConfig(Part):
         low=32,
         high=4096,
     )
+    tile: int | None = option(
+        None,
+        "cut images into squares of this many pixels, each of which the model sees at --input-size, and put their "
+        "score maps together at the image's own size: for large images with small defects",
+        binds="data",
+        low=16,
+        high=1 << 16,
+    )
+    overlap: int | None = option(
+        None,
+        "pixels that neighbouring tiles share at least, over which their score maps blend (default: an eighth of "
+        "--tile)",
+        binds="data",
+        low=0,
+        high=1 << 15,
+    )
     limit: int | None = option(
         None, "use at most this many images per class and kind, for a quick look", binds="data", low=1
     )
@@ -226,9 +242,26 @@ class DataConfig(Part):
             raise UsageError(
                 f"--center-crop: expected at most --input-size, which is {self.input_size}, but got {self.center_crop}"
             )
+        if self.tile is not None:
+            self._check_tile(self.tile)
         span = self.float_range
         if span is not None and (len(span) != 2 or not span[0] < span[1]):
             raise UsageError(f"--float-range: expected black and a higher white, but got {' '.join(map(str, span))}")
+
+    def _check_tile(self, tile: int) -> None:
+        """Raise `UsageError` for what tiles cannot be combined with."""
+        if self.shared >= tile:
+            raise UsageError(f"--overlap: expected less than --tile, which is {tile}, but got {self.shared}")
+        if self.resize != "squash" or self.center_crop is not None:
+            flag = "--center-crop" if self.center_crop is not None else f"--resize {self.resize}"
+            raise UsageError(
+                f"{flag}: --tile cuts squares out of an image and looks at all of it; leave one of them out"
+            )
+
+    @property
+    def shared(self) -> int:
+        """Pixels that neighbouring tiles share at least."""
+        return (self.tile or 0) // 8 if self.overlap is None else self.overlap
 
     @property
     def view_size(self) -> int:
@@ -592,12 +625,13 @@ class Config:
     @property
     def score_size(self) -> int:
         """Side of score maps; of masks, too, unless metrics are made at the images' own sizes."""
-        return self.eval.eval_size if isinstance(self.eval.eval_size, int) else self.data.view_size
+        size = self.eval.eval_size
+        return size if isinstance(size, int) and not self.data.tile else self.data.view_size
 
     @property
     def native(self) -> bool:
         """Whether pixel metrics are made at the images' own sizes."""
-        return self.eval.eval_size == "native"
+        return self.eval.eval_size == "native" or bool(self.data.tile and self.eval.eval_size is None)
 
     @property
     def compared(self) -> bool:

@@ -208,7 +208,7 @@ def facts_of(session: Any, path: Path) -> dict[str, Any]:
     if facts.get("program") != "VQ-Flow":
         raise UsageError(f"--eval_ckpt: {path} is not an ONNX file of --mode export")
     names = [output.name for output in session.get_outputs()]
-    if not {"multi_class", "center_crop"} <= facts.keys() or ("verdict" in names and "pixel_threshold" not in names):
+    if not {"multi_class", "tile"} <= facts.keys() or ("verdict" in names and "pixel_threshold" not in names):
         raise UsageError(f"--eval_ckpt: {path} is of an older version; export it again")
     return facts
 

@@ -152,7 +152,8 @@ def normal_images(own: Config, content: dict[str, Any], wanted: bool) -> Images 
         if not wanted:
             return None
         raise UsageError(f"--precision int8: is calibrated on normal images, but {error}") from error
-    return np.stack([to_picture(train[n].image) for n in evenly_spread(train)])
+    tiles = train.tiled
+    return np.stack([to_picture(tiles[n].image) for n in evenly_spread(tiles)])
 
 
 def trace(exported: Exported, size: int) -> Any:
@@ -177,6 +178,7 @@ def describe(own: Config, content: dict[str, Any], exported: Exported, traced: A
         "program": "VQ-Flow", "version": __version__, "torch": torch.__version__,
         "opset": traced.opset_import[0].version, "input_size": own.data.input_size, "map_size": own.score_size,
         "resize": own.data.resize, "center_crop": own.data.center_crop, "filter": "Pillow's Lanczos",
+        "tile": own.data.tile, "overlap": own.data.shared,
         "classes": list(classes),
         "image_score": own.eval.image_score, "map": own.eval.shown_score, "top_k": own.eval.top_k,
         "extractor": own.model.extractor, "weights_license": pretrained.get("license"),

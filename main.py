@@ -49,6 +49,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "quantize_type": _CODEBOOKS,
     "codebooks": _CODEBOOKS,
     "reassign_quantize": _CODEBOOKS,
+    "overlap": (lambda c: c.data.tile is not None, "does nothing without --tile; add that, or leave it out"),
     "weights": (lambda c: c.model.pretrained, "contradicts --no-pretrained; leave one of them out"),
     "eval_ckpt": (
         lambda c: c.run.mode in JUDGING,

@@ -65,8 +65,9 @@ class Prediction:
     class_name: str | None
 
 
-def prediction(answer: Answer, drawn: NDArray[np.float32], class_name: str | None) -> Prediction:
-    """What a model answers, its map `drawn` out to the image's size (H, W)."""
+def prediction(answer: Answer, class_name: str | None) -> Prediction:
+    """What a model answers, with a map of the image's size."""
+    drawn = answer.map
     y, x = divmod(int(drawn.argmax()), drawn.shape[1])
     mask = None if answer.pixel_threshold is None else drawn > answer.pixel_threshold
     return Prediction(

@@ -128,7 +128,8 @@ class Stage:
         return [h.float() if self.config.data.cache == "none" else to_half(h).float() for h in kept]
 
     def training_features(self, dataset: ImageFolder) -> Source:
-        """Shuffled batches, the last partial one dropped."""
+        """Shuffled batches, of tiles with --tile; the last partial one dropped."""
+        dataset = dataset.tiled
         size = self.config.train.batch_size
         if size > len(dataset):
             print(f"--batch-size {size}: there are {len(dataset)} training images, so a batch has {len(dataset)}")
@@ -139,7 +140,11 @@ class Stage:
         return self._source(loader, dataset)
 
     def ordered_features(self, dataset: ImageFolder, numbers: Sequence[int] | None = None) -> Source:
-        """All images in order, or those of these numbers."""
+        """All images in order, or those of these numbers; with --tile the tiles of each."""
+        if dataset.geometry.tile is not None:
+            chosen = None if numbers is None else frozenset(numbers)
+            numbers = [n for n, owner in enumerate(dataset.owners) if chosen is None or owner in chosen]
+            dataset = dataset.tiled
         return self._source(self._ordered(dataset, numbers), dataset)
 
     @contextlib.contextmanager

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from datasets import are_unseen, build_datasets, present_classes, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
+from datasets.geometry import Stitch
 from default import Config, EvalConfig, UsageError
 from models.decision import Verdict
 from models.detector import Detector
@@ -46,29 +49,29 @@ def evaluate(
     """Score every image of `batches`, whose masks have the detector's size, and compute each class's metrics.
 
     The detector is put into eval mode, and back as it was. Shown maps are kept of the `wanted` images in any case. The
-    images of `batches` are those of `test`, in order, which --eval-size native and --resize pad need.
+    images of `batches` are those of `test`, or their tiles, in order, which --eval-size native, --resize pad and --tile
+    need.
     """
     was_training = detector.training
     detector.eval()
     accumulators = {name: ClassAccumulator(fpr_limit=config.fpr_limit) for name in class_names}
     images: list[ImageResult] = []
-    native = config.eval_size == "native"
     album = Album(wanted)
-    for batch in batches:
-        judgement = detector.judge(batch.features)
-        maps = judgement.maps
-        scores = image_scores(getattr(maps, config.image_score), config.top_k)
-        pixel, pro = getattr(maps, config.pixel_score), getattr(maps, config.pro_score)
-        for own in alike(batch, test, native=native):
-            seen = truth_of(batch, own, (pixel, pro), test, len(images), native=native)
+    tiled = test is not None and test.geometry.tile is not None
+    for found in stitched(detector, batches, config, test) if test and tiled else judged(detector, batches, config):
+        batch, scores, maps = found.batch, found.scores, found.maps
+        pixel, pro, shown = (maps[name] for name in (config.pixel_score, config.pro_score, config.shown_score))
+        plain = tiled or not (config.eval_size == "native" or (test is not None and test.geometry.pads))
+        for own in alike(batch, plain=plain):
+            seen = truth_of(batch, own, (pixel, pro), None if plain else test, len(images), config)
             accumulators[class_names[int(batch.class_index[own[0]])]].update(
                 labels=batch.label[own], scores=scores[own], masks=seen[0], maps=seen[1], pro_maps=seen[2]
             )
-        verdict = None if detector.decision is None else detector.decide(judgement, scores)
-        shown = getattr(maps, config.shown_score)
-        found = image_results(batch, class_names, scores, shown, judgement.output.concept, verdict)
-        for image, heat in zip(found, shown, strict=True):
-            album.add(len(images), (image.class_name, image.label, image.hit), image.score, heat.cpu().numpy())
+        verdict = None if detector.decision is None else detector.decision(scores, found.concept)
+        results = image_results(batch, class_names, scores, shown, found.concept, verdict)
+        for image, heat in zip(results, shown, strict=True):
+            kept = highest(heat, detector.size) if tiled else heat.cpu().numpy()
+            album.add(len(images), (image.class_name, image.label, image.hit), image.score, kept)
             images.append(image)
     detector.train(was_training)
     classes = {name: accumulator.compute() for name, accumulator in accumulators.items()}
@@ -123,27 +126,85 @@ def decided_by(detector: Detector, images: Sequence[ImageResult], rate: float) -
     )  # fmt: skip
 
 
-def alike(batch: FeatureBatch, test: ImageFolder | None, *, native: bool) -> Iterable[Tensor]:
-    """Rows of a batch that can be added up together: of one class, and, where sizes differ, of one image."""
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What is said of the images of a `batch`: image `scores` (B,), concepts (B,), and the maps (B, H, W) that are
+    wanted, by their scores' names."""
+
+    batch: FeatureBatch
+    scores: Tensor
+    concept: Tensor | None
+    maps: Mapping[str, Tensor]
+
+
+def judged(detector: Detector, batches: Iterable[FeatureBatch], config: EvalConfig) -> Iterator[Judged]:
+    """Batch by batch."""
+    for batch in batches:
+        judgement = detector.judge(batch.features)
+        maps = {n: getattr(judgement.maps, n) for n in {config.pixel_score, config.pro_score, config.shown_score}}
+        scores = image_scores(getattr(judgement.maps, config.image_score), config.top_k)
+        yield Judged(batch=batch, scores=scores, concept=judgement.output.concept, maps=maps)
+
+
+def stitched(
+    detector: Detector, batches: Iterable[FeatureBatch], config: EvalConfig, test: ImageFolder
+) -> Iterator[Judged]:
+    """Image by image from batches of tiles, with maps and masks of the image's own size, or of --eval-size; the score
+    is that of the tile with the highest one."""
+    rows = ((found, row) for found in judged(detector, batches, config) for row in range(len(found.scores)))
+    overlap, size = test.geometry.overlap, config.eval_size
+    target = (size, size) if isinstance(size, int) else None
+    for number, group in groupby(zip(rows, test.owners, test.tiled.items, strict=True), key=lambda entry: entry[1]):
+        parts: dict[str, Stitch] = {}
+        best: tuple[Judged, int] | None = None
+        for (found, row), _, tile in group:
+            assert tile.box is not None
+            for name, maps in found.maps.items():
+                part = parts.setdefault(name, Stitch(test.place(number).size, overlap, target))
+                part.add(maps[row].float().cpu().numpy(), tile.box)
+            if best is None or found.scores[row] > best[0].scores[best[1]]:
+                best = found, row
+        assert best is not None
+        yield whole(*best, parts, test.marks(number, target))
+
+
+def whole(found: Judged, row: int, parts: Mapping[str, Stitch], marks: NDArray[np.bool_]) -> Judged:
+    """An image whose highest tile is a row of `found`."""
+    one, concept = slice(row, row + 1), found.concept
+    batch = replace(
+        found.batch, features=[], mask=torch.from_numpy(marks)[None], label=found.batch.label[one],
+        class_index=found.batch.class_index[one], path=found.batch.path[one],
+    )  # fmt: skip
+    maps = {name: torch.from_numpy(part.map)[None] for name, part in parts.items()}
+    return Judged(batch=batch, scores=found.scores[one], concept=None if concept is None else concept[one], maps=maps)
+
+
+def highest(heat: Tensor, side: int) -> NDArray:
+    """A map (H, W) in a picture's size, (side, side): a small defect must not get lost."""
+    return torch.nn.functional.adaptive_max_pool2d(heat[None], side)[0].cpu().numpy()
+
+
+def alike(batch: FeatureBatch, *, plain: bool) -> Iterable[Tensor]:
+    """Rows of a batch that can be added up together: of one class, or, where sizes differ, of one image."""
     rows = torch.arange(len(batch.label))
-    if native or (test is not None and test.geometry.pads):
+    if not plain:
         return rows.split(1)
     return [rows[(batch.class_index == index).cpu()] for index in batch.class_index.unique()]
 
 
 def truth_of(
-    batch: FeatureBatch, rows: Tensor, maps: Sequence[Tensor], test: ImageFolder | None, first: int, *, native: bool
+    batch: FeatureBatch, rows: Tensor, maps: Sequence[Tensor], test: ImageFolder | None, first: int, config: EvalConfig
 ) -> list[Tensor]:
-    """Masks of some rows of a batch, and each of its `maps` (B, H, W), all (N, h, w) and without what is padded.
+    """Masks of some rows of a batch, and each of its `maps` (B, H, W): all (N, h, w).
 
-    `first` is the number in `test` of the batch's first image.
+    Of images of `test` without what is padded; `first` is the number of the batch's first image there.
     """
-    if test is None or not (native or test.geometry.pads):
+    if test is None:
         return [values[rows.to(values.device)] for values in (batch.mask, *maps)]
     number, row = first + int(rows), int(rows)
     place = test.place(number)
     found = [values[row].float().cpu().numpy() for values in maps]
-    if native:
+    if config.eval_size == "native":
         part = place.seen(place.size)
         made = [test.marks(number), *(place.drawn(values)[part] for values in found)]
     else:

@@ -91,7 +91,9 @@ def cache_key(dataset: ImageFolder, **settings: object) -> str:
             if path is not None:
                 stat = path.stat()
                 digest.update(os.fsencode(path.resolve()))
-                digest.update(f"|{stat.st_size}|{stat.st_mtime_ns}|{item.label}|{dataset.reading(item)!r}\n".encode())
+                digest.update(
+                    f"|{stat.st_size}|{stat.st_mtime_ns}|{item.label}|{item.box}|{dataset.reading(item)!r}\n".encode()
+                )
     return digest.hexdigest()[:20]
 
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.decode import read_pixels
-from datasets.geometry import Geometry, Place
-from datasets.masks import load_mask, own_marks
+from datasets.geometry import Box, Geometry, Place, Size
+from datasets.masks import at_size, follow, load_mask, read_marks
 from datasets.pixels import MAX_PIXELS, read_header
-from datasets.reading import PLAIN, Reading
-from datasets.transforms import to_tensor
+from datasets.reading import PLAIN, Reading, picture
+from datasets.transforms import planes_tensor, to_tensor
 
 GOOD = "good"
 
@@ -35,6 +37,7 @@ class Item:
     kind: str
     name: str
     held_out: bool = False
+    box: Box | None = None  # the part of the image that is meant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,7 @@ class ImageFolder(Dataset[Sample]):
         self.items, self.geometry, self.mask_size = tuple(items), geometry, mask_size or geometry.side
         self.readings, self.max_pixels = tuple(readings), max_pixels
         self._places: dict[int, Place] = {}
+        self._last: tuple[Path, list[Image.Image]] | None = None
 
     @property
     def input_size(self) -> int:
@@ -138,6 +142,8 @@ class ImageFolder(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         item, size = self.items[index], self.mask_size
+        if item.box is not None:
+            return self._tile(item, item.box)
         pixels = read_pixels(item.path, self.max_pixels)
         mask = torch.zeros(size, size, dtype=torch.bool)
         if item.mask_path is not None:
@@ -150,6 +156,31 @@ class ImageFolder(Dataset[Sample]):
             path=str(item.path),
         )
 
+    def _tile(self, item: Item, box: Box) -> Sample:
+        """A tile, without a mask; the image that was decoded last is kept for the next tile of it."""
+        if self._last is None or self._last[0] != item.path:
+            self._last = item.path, picture(item.path, read_pixels(item.path, self.max_pixels), self.reading(item))
+        return Sample(
+            image=planes_tensor([plane.crop(box) for plane in self._last[1]], self.geometry),
+            mask=torch.zeros(self.mask_size, self.mask_size, dtype=torch.bool),
+            label=item.label, class_index=item.class_index, path=str(item.path),
+        )  # fmt: skip
+
+    @cached_property
+    def owners(self) -> list[int]:
+        """Of each item of `tiled`, the number of its image here."""
+        return [number for number in range(len(self)) for _ in self._boxes(number)]
+
+    @cached_property
+    def tiled(self) -> ImageFolder:
+        """Their tiles, image by image, as a data set of its own; themselves without --tile."""
+        if self.geometry.tile is None:
+            return self
+        return self.having([replace(self.items[n], box=b) for n in range(len(self)) for b in self._boxes(n)])
+
+    def _boxes(self, number: int) -> list[Box]:
+        return self.geometry.tiles(self.place(number).size) if self.geometry.tile else [(0, 0, 0, 0)]
+
     def place(self, number: int) -> Place:
         """Where an image lies on its square."""
         if number not in self._places:
@@ -160,14 +191,16 @@ class ImageFolder(Dataset[Sample]):
             self._places[number] = self.geometry.place((width, height))
         return self._places[number]
 
-    def marks(self, number: int) -> NDArray[np.bool_]:
-        """What the mask of an image marks of all that is seen of it, at the image's own size (h, w)."""
+    def marks(self, number: int, target: Size | None = None) -> NDArray[np.bool_]:
+        """What the mask of an image marks of all that is seen of it: (h, w), at the image's own or another size."""
         item, place = self.items[number], self.place(number)
-        rows, columns = place.seen(place.size)
+        size = target or place.size
+        rows, columns = place.seen(size)
         if item.mask_path is None:
             return np.zeros((rows.stop - rows.start, columns.stop - columns.start), bool)
         orientation = read_pixels(item.path, self.max_pixels).orientation
-        return own_marks(item.mask_path, place.size, orientation, self.max_pixels)[rows, columns]
+        marks = follow(read_marks(item.mask_path, self.max_pixels), place.size, orientation)
+        return at_size(marks, size)[rows, columns]
 
     def reading(self, item: Item) -> Reading:
         """How an image is read."""

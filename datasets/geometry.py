@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from default import DataConfig
 
 Size = tuple[int, int]  # width, height
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +30,16 @@ class Geometry:
     input_size: int
     resize: str = "squash"
     center_crop: int | None = None
+    tile: int | None = None
+    overlap: int = 0
 
     @classmethod
     def of(cls, data: DataConfig) -> Geometry:
         """That of a configuration."""
-        return cls(input_size=data.input_size, resize=data.resize, center_crop=data.center_crop)
+        return cls(
+            input_size=data.input_size, resize=data.resize, center_crop=data.center_crop, tile=data.tile,
+            overlap=data.shared if data.tile else 0,
+        )  # fmt: skip
 
     @property
     def side(self) -> int:
@@ -44,11 +51,25 @@ class Geometry:
         """Whether there may be places of a square that are none of its image."""
         return self.resize == "pad"
 
+    def tiles(self, size: Size) -> list[Box]:
+        """The parts of an image (width, height) that are seen one by one, row by row: all of it without --tile."""
+        width, height = size
+        if self.tile is None:
+            return [(0, 0, width, height)]
+        columns, rows = (starts(side, self.tile, self.overlap) for side in size)
+        return [(x, y, min(x + self.tile, width), min(y + self.tile, height)) for y in rows for x in columns]
+
     def place(self, size: Size) -> Place:
         """Where an image (width, height) lies."""
         near = {"squash": None, "pad": max(size), "crop": min(size)}[self.resize]
         width, height = (max(round(self.input_size * own / (near or own)), 1) for own in size)
         return Place(size=size, scaled=(width, height), side=self.side)
+
+
+def starts(side: int, tile: int, overlap: int) -> list[int]:
+    """Where the fewest tiles begin that cover a side, share `overlap` pixels at least, and lie at equal distances."""
+    count = max(-(-(side - overlap) // (tile - overlap)), 1) if side > tile else 1
+    return [round(n * (side - tile) / (count - 1)) for n in range(count)] if count > 1 else [0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,3 +143,41 @@ class Place:
         made = np.full((height, width), part.min(), np.float32)
         made[rows, columns] = part
         return made
+
+
+class Stitch:
+    """The score map of an image, put together from those of its tiles, in the memory of two maps.
+
+    A tile counts the less the nearer a place is to its border, over the width of the `overlap`: what two tiles say of a
+    place passes from the one to the other without a seam.
+
+    Args:
+        size: of the image.
+        target: size of the map; default: that of the image.
+    """
+
+    def __init__(self, size: Size, overlap: int, target: Size | None = None) -> None:
+        width, height = target or size
+        self.across, self.down, self.overlap = width / size[0], height / size[1], overlap
+        self._sum, self._weight = (np.zeros((height, width), np.float32) for _ in range(2))
+
+    def add(self, values: NDArray, box: Box) -> None:
+        """What the map (M, M) of a tile says."""
+        left, right = math.floor(box[0] * self.across), math.ceil(box[2] * self.across - 1e-9)
+        top, bottom = math.floor(box[1] * self.down), math.ceil(box[3] * self.down - 1e-9)
+        part = cv2.resize(values.astype(np.float32), (right - left, bottom - top), interpolation=cv2.INTER_LINEAR)
+        rows, columns = ramp(bottom - top, self.overlap * self.down), ramp(right - left, self.overlap * self.across)
+        weight = rows[:, None] * columns
+        self._sum[top:bottom, left:right] += part * weight
+        self._weight[top:bottom, left:right] += weight
+
+    @property
+    def map(self) -> NDArray[np.float32]:
+        """(H, W), when all tiles were added."""
+        return self._sum / self._weight
+
+
+def ramp(count: int, reach: float) -> NDArray[np.float32]:
+    """Weights of `count` pixels in a row: rising from the borders over `reach` pixels, then 1."""
+    place = np.arange(count, dtype=np.float32) + 0.5
+    return np.minimum(np.minimum(place, place[::-1]) / max(reach, 0.5), 1)

@@ -42,9 +42,8 @@ def load_mask(
     return (geometry or Geometry(input_size=size)).place(seen or own).mask(marks, size)
 
 
-def own_marks(path: Path, size: Size, orientation: int, max_pixels: int) -> Marks:
-    """What a mask file marks, upright, by nearest resize to the `size` of its image: (H, W)."""
-    marks = follow(read_marks(path, max_pixels), size, orientation)
+def at_size(marks: Marks, size: Size) -> Marks:
+    """Marks of an image at another size (width, height), by nearest neighbour."""
     return np.asarray(Image.fromarray(marks.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)) > 127
 
 

@@ -22,8 +22,7 @@ COLUMNS = ("path", "score", "p_value", "threshold", "verdict", "peak_x", "peak_y
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # by the tag, what turns a picture upright
 
 
-def files_of(places):
-    """Each file, and the pictures in each folder, nested ones too; hidden ones are passed over."""
+def files_of(places):  # each file, and the pictures in each folder, nested ones too; hidden ones are passed over
     for place in places:
         if not Path(place).is_dir():
             yield Path(place)
@@ -94,14 +93,15 @@ def judge(session, facts, path):  # a line of the table
     return row
 
 
-def main(arguments):
-    """Status: 0, 1 if a file could not be judged, 2 for a mistake on the command line."""
+def main(arguments):  # status: 0, 1 if a file could not be judged, 2 for a mistake on the command line
     if len(arguments) < 2:
-        print("usage: python run_onnx.py model.onnx PATH...", file=sys.stderr)
-        return 2
+        return print("usage: python run_onnx.py model.onnx PATH...", file=sys.stderr) or 2
     warnings.simplefilter("ignore")  # Pillow's, of large images; of too large ones it makes an error
     session = onnxruntime.InferenceSession(arguments[0], providers=onnxruntime.get_available_providers())
     facts = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+    if facts.get("tile"):
+        print(f"{arguments[0]}: judges tiles, which this script does not cut; the program itself does", file=sys.stderr)
+        return 2
     table = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     table.writeheader()
     failed = 0

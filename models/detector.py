@@ -77,14 +77,16 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def learn_decision(
-        self, batches: Iterable[Sequence[Tensor]], config: EvalConfig, *, own: bool = True, unseen: bool = True
-    ) -> None:
+        self, batches: Iterable[Sequence[Tensor]], config: EvalConfig, *, own: bool = True, unseen: bool = True,
+        images: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         """Thresholds from batches of kept features of normal images, after `calibrate`, of other images than that saw.
 
         Args:
             config: which scores, and the false-alarm rate.
             own: as in `calibrate`.
             unseen: nothing was fitted to the images.
+            images: the image that each row belongs to, where rows are tiles: the tile with the highest score counts.
         """
         was_training = self.training
         self.eval()
@@ -99,8 +101,12 @@ class Detector(nn.Module):
             peaks += getattr(judgement.maps, config.shown_score).amax((1, 2)).tolist()
             concepts += [-1] * len(found) if concept is None else concept.tolist()
         self.train(was_training)
+        owners = range(len(scores)) if images is None else images
+        rows = [max(group, key=scores.__getitem__) for group in groups_of(owners)]
+        highest = [max(peaks[row] for row in group) for group in groups_of(owners)]
         calibrated = Calibrated(
-            scores=tuple(scores), peaks=tuple(peaks), concepts=tuple(concepts), unseen=unseen,
+            scores=tuple(scores[row] for row in rows), peaks=tuple(highest),
+            concepts=tuple(concepts[row] for row in rows), unseen=unseen,
             scoring=scoring_of(config, self.size),
         )  # fmt: skip
         self.decision = Decision(calibrated, config.false_alarm_rate).to(self.scorer.mean.device) if scores else None
@@ -119,3 +125,11 @@ class Detector(nn.Module):
                 output = self.flow(kept)
             yield kept, output
         self.train(was_training)
+
+
+def groups_of(owners: Sequence[int]) -> list[list[int]]:
+    """The rows that belong to each image, by the images that rows belong to."""
+    rows: dict[int, list[int]] = {}
+    for row, owner in enumerate(owners):
+        rows.setdefault(owner, []).append(row)
+    return list(rows.values())

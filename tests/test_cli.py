@@ -31,11 +31,11 @@ SURFACE = """
 --no-compile --no-concat-pos --no-loc-eval --no-mixed-gaussian --no-multi-class --no-offline --no-overlays
 --no-pattern-quantize --no-pre-extract --no-pretrained --no-pro-eval --no-quantize-enable --no-reassign-quantize
 --no-report --no-resume --no-save-masks --no-standardize --no-tensorboard --no-trust-masks --no-wandb-enable --noise
---objective --offline --output --overlays --parallel-blocks --pattern-quantize --pictures --pixel-score --pool-type
---pre-extract --precision --preset --pretrained --pro-eval --pro-eval-interval --pro-score --profile --quantize-enable
---quantize-type --quantize-weight --reassign-quantize --report --resize --resume --save-every --save-maps --save-masks
---schedule --seed --seeds --standardize --sub-epochs --tensorboard --top-k --trust-masks --version --wandb-enable
---warmup --watch --weight-decay --weights --work-dir --workers -h
+--objective --offline --output --overlap --overlays --parallel-blocks --pattern-quantize --pictures --pixel-score
+--pool-type --pre-extract --precision --preset --pretrained --pro-eval --pro-eval-interval --pro-score --profile
+--quantize-enable --quantize-type --quantize-weight --reassign-quantize --report --resize --resume --save-every
+--save-maps --save-masks --schedule --seed --seeds --standardize --sub-epochs --tensorboard --tile --top-k
+--trust-masks --version --wandb-enable --warmup --watch --weight-decay --weights --work-dir --workers -h
 """
 
 RELEASED = {
@@ -52,7 +52,8 @@ RELEASED = {
 OTHER: dict[str, tuple[str, Any]] = {
     "dataset": ("visa", "visa"), "data_path": ("some/where", "some/where"),
     "class_names": ("pill wood", ["pill", "wood"]),
-    "multi_class": ("", True), "resize": ("pad", "pad"), "center_crop": ("96", 96),
+    "multi_class": ("", True), "resize": ("pad", "pad"), "center_crop": ("96", 96), "tile": ("512", 512),
+    "overlap": ("8 --tile 512", 8),
     "input_size": ("128", 128), "limit": ("5", 5), "workers": ("2", 2),
     "pre_extract": ("", True), "extractor": ("resnet18", "resnet18"), "weights": ("w.pth", "w.pth"),
     "pretrained": ("no", False), "pool_type": ("max", "max"), "standardize": ("no", False),

@@ -29,6 +29,7 @@ FIXED = {
     "holdout",
     "resize",
     "center_crop",
+    "tile",
     "extractor",
     "pool_type",
     "k_cpc",
