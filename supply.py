@@ -25,7 +25,7 @@ class Supply:
     Attributes:
         training: shuffled batches of a sub epoch, `batches` of them, and how many of the first ones are left out.
         everything: all `images` training images in order.
-        sampled, decided_by: the image that each row of `sample` and of `deciding` belongs to.
+        sampled, decided_by: the image that each row of `sample` and of `deciding` belongs to; None: one of its own.
         sample: a fixed sample of the training images.
         units: held-out normal images that the units of the scores come from, None if none are held out.
         deciding: others of them, whose scores give the thresholds.
@@ -38,8 +38,8 @@ class Supply:
     sample: Passes
     units: Passes | None
     deciding: Passes | None
-    sampled: Sequence[int]
-    decided_by: Sequence[int]
+    sampled: Sequence[int] | None = None
+    decided_by: Sequence[int] | None = None
 
 
 def kept(passes: Passes) -> Iterator[list[Tensor]]:
@@ -64,7 +64,7 @@ def supply_of(stage: Stage, source: Source, kept: ImageFolder, held_out: ImageFo
         training=training, batches=len(source), images=len(kept.tiled), sample=lambda: sample.epoch(0),
         everything=lambda: progress(everything.epoch(0), total=len(everything), text="first look"),
         units=units, deciding=deciding, sampled=rows_of(kept, evenly_spread(kept)),
-        decided_by=rows_of(held_out, parts[1]) if held_out else (),
+        decided_by=rows_of(held_out, parts[1]) if held_out else None,
     )  # fmt: skip
 
 
