@@ -186,10 +186,15 @@ def highest(heat: Tensor, side: int) -> NDArray:
 
 def alike(batch: FeatureBatch, *, plain: bool) -> Iterable[Tensor]:
     """Rows of a batch that can be added up together: of one class, or, where sizes differ, of one image."""
-    rows = torch.arange(len(batch.label))
     if not plain:
-        return rows.split(1)
-    return [rows[(batch.class_index == index).cpu()] for index in batch.class_index.unique()]
+        return torch.arange(len(batch.label)).split(1)
+    return [own for _, own in by_class(batch.class_index)]
+
+
+def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each class in the batch and the rows that belong to it."""
+    for index in class_index.unique().tolist():
+        yield index, (class_index == index).nonzero().flatten()
 
 
 def truth_of(

@@ -2,8 +2,8 @@
 
     python -m benchmarks.tiles [--threads 1]
 
-Makes a woven texture with small worn spots in a folder of its own, trains on five good images with --preset cpu, and gives
-the scores of others, where the peaks of worn ones lie, and what it took.
+Makes a woven texture with small worn spots in a folder of its own, trains on five good images with --preset cpu, and
+gives the scores of others, where the peaks of worn ones lie, and what it took.
 """
 
 from __future__ import annotations
