@@ -14,12 +14,12 @@ ABLATION_DIR ?= work_dirs/ablation
 ABLATION = $(PY) main.py --preset paper-mvtec --resume $(ARGS) --work-dir $(ABLATION_DIR)
 ABLATION_RUNS = $(foreach name,plain cpc cpc-naive cpc-residual cpc-residual-pos cpc-residual-pos-mixed,$(ABLATION_DIR)/$(name)-seed[0-9]*)
 
-.PHONY: help setup demo paper-mvtec paper-visa ablation benchmark-metrics test test-floors torture lint types check \
-	audit soak clean
+.PHONY: help setup demo paper-mvtec paper-visa paper-cifar10 ablation benchmark-metrics test test-floors torture lint types check \
+	audit soak benchmark-gpu clean
 
 help:
 	@echo "make demo    train and evaluate on the built-in sample (about 3 minutes on 2 cores once installed)"
-	@echo "make paper-mvtec, make paper-visa, make ablation    train, evaluate and write a table of the paper;"
+	@echo "make paper-mvtec, make paper-visa, make paper-cifar10, make ablation    train, evaluate and write a table of the paper;"
 	@echo "             flags in ARGS, for example ARGS='--seeds 1 2 3'"
 	@echo "make test    run the test suite"
 	@echo "make test-floors    the suite with the oldest releases that pyproject.toml allows, in .venv-floors (some GB)"
@@ -27,6 +27,7 @@ help:
 	@echo "make setup   virtual environment and dependencies only"
 	@echo "make audit   known weaknesses of what is installed (needs the network), and a table of its licences"
 	@echo "make soak    thousands of steps and predictions, watched for what grows (about 10 minutes)"
+	@echo "make benchmark-gpu    speed, memory and right results on this machine's GPU, written to BENCHMARKS.md (8 minutes)"
 	@echo "make lint    ruff;  make types: mypy;  make check: lint, types and tests"
 
 setup: .venv/ready
@@ -47,6 +48,10 @@ paper-mvtec: setup
 paper-visa: setup
 	$(PY) main.py --preset paper-visa $(ARGS)
 
+# A model for each of UniAD's four groups of normal classes; the score is the mean of the map at 224 px, as UniAD's.
+paper-cifar10: setup
+	$(PY) main.py --preset paper-mvtec --dataset cifar10 --no-multi-class --input-size 224 --top-k 1 $(ARGS)
+
 # What was finished is not trained again; other settings need another ABLATION_DIR.
 ablation: setup
 	$(ABLATION) --name plain --no-quantize-enable --no-concat-pos --no-mixed-gaussian
@@ -59,6 +64,9 @@ ablation: setup
 
 benchmark-metrics: setup
 	$(PY) benchmarks/metrics.py
+
+benchmark-gpu: setup
+	$(PY) benchmarks/gpu.py $(ARGS)
 
 test: setup
 	$(PY) -m pytest -n auto --dist loadfile

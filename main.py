@@ -37,7 +37,7 @@ from default import (
 from utils.run.offline import go_offline
 from utils.run.stop import Stopped, heeding
 from utils.run.text import one_line, printable
-from utils.run.trouble import trouble
+from utils.run.trouble import is_echo, trouble
 
 DESCRIPTION = "Train one VQ-Flow anomaly detector for all classes, evaluate it, and reproduce the paper's tables."
 
@@ -55,13 +55,17 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
         lambda c: c.run.mode in JUDGING,
         "does nothing in --mode train; to go on with a run, use --resume",
     ),
-    "output": _PREDICTING,
+    "output": (
+        lambda c: c.run.mode in ("predict", "submit"),
+        "does nothing without --mode predict or submit; leave it out",
+    ),
     "engine": _PREDICTING,
     "save_maps": _PREDICTING,
     "save_masks": _PREDICTING,
     "fail_on": _PREDICTING,
     "watch": _PREDICTING,
     "precision": (lambda c: c.run.mode == "export", "does nothing without --mode export; add that, or leave it out"),
+    "json": (lambda c: c.run.mode == "inspect", "does nothing without --mode inspect; leave it out"),
     "clear": (lambda c: c.run.mode == "cache", "does nothing without --mode cache; add that, or leave it out"),
     "resume": _TRAINING,
     "save_every": _TRAINING,
@@ -205,12 +209,18 @@ def run(argv: Sequence[str]) -> int:
         go_offline()
     if dry:
         print(json.dumps({"version": __version__} | to_dict(config), indent=2))
+    elif config.run.mode in ("table", "export") and several():
+        raise UsageError(f"--mode {config.run.mode}: is the work of one process; leave torchrun out")
     elif config.run.mode == "train":
         for_each_seed(config, train)
     elif config.run.mode == "table":
         from utils.report.gather import gather_runs
 
         print(gather_runs(config))
+    elif config.run.mode == "inspect":
+        from inspect_data import run_inspect
+
+        return run_inspect(config)
     elif config.run.mode == "cache":
         from datasets.tidy import tend
 
@@ -219,6 +229,10 @@ def run(argv: Sequence[str]) -> int:
         from predict import run_predict
 
         return run_predict(config, chosen)
+    elif config.run.mode == "submit":
+        from submit import run_submit
+
+        run_submit(config, chosen)
     elif config.run.mode == "export":
         from export import run_export
 
@@ -247,8 +261,9 @@ def for_each_seed(config: Config, train: Callable[[Config], Path]) -> None:
         return
     folders = [train(replace(config, run=replace(config.run, seed=s, seeds=()))) for s in config.run.seeds]
     from utils.report.gather import summarize_seeds
+    from utils.run.distributed import from_first
 
-    print(summarize_seeds(config, folders))
+    print(from_first(lambda: summarize_seeds(config, folders)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -272,24 +287,42 @@ def guarded(argv: Sequence[str]) -> int:
     each with one line, and 70 for a bug of ours, with all that helps to mend it."""
     warnings.filterwarnings("ignore", message="Mapping deprecated model name")
     try:
-        with heeding():
+        with heeding(), connected():
             return run(argv)
     except UsageError as error:
         return said(f"error: {error}", 2)
     except Stopped as stop:
-        return said(f"stopped: {stop.text or KEPT}", stop.status)
+        return said(f"stopped: {stop.text or KEPT}", stop.status, echo=True)
     except KeyboardInterrupt:
-        return said(f"stopped: {KEPT}", 130)
+        return said(f"stopped: {KEPT}", 130, echo=True)
     except BrokenPipeError:
         raise
     except Exception as error:
         text = trouble(error)
-        return said(f"error: {text}", 1) if text is not None else reported(argv)
+        return said(f"error: {text}", 1, echo=is_echo(error)) if text is not None else reported(argv)
 
 
-def said(line: str, status: int) -> int:
-    """Print how the program ends; the status."""
-    print(one_line(f"main.py: {line}"), file=sys.stderr)
+def several() -> bool:
+    """Whether torchrun started more than this process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def connected() -> contextlib.AbstractContextManager:
+    """Meanwhile the processes that torchrun started work together; PyTorch is loaded here only if there are several."""
+    if not several():
+        return contextlib.nullcontext()
+    from utils.run.distributed import together
+
+    return together()
+
+
+def said(line: str, status: int, *, echo: bool = False) -> int:
+    """Print how the program ends; the status. What only follows from the end of another process is an `echo`."""
+    line = one_line(f"main.py: {line}")
+    if "utils.run.distributed" in sys.modules:
+        sys.modules["utils.run.distributed"].say(line, echo=echo)
+    else:
+        print(line, file=sys.stderr)
     return status
 
 

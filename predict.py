@@ -25,6 +25,7 @@ from detector import ImageDetector, Opened, load_detector, loaded
 from prediction import Prediction
 from utils.report.plots import heat_overlay, save_picture
 from utils.report.verdicts import WORDS, Rows
+from utils.run.distributed import from_first, is_first, joined, processes, rank
 from utils.run.folders import new_folder
 from utils.run.progress import progress
 from utils.run.text import printable
@@ -51,19 +52,29 @@ def run_predict(config: Config, chosen: dict[str, Any]) -> int:
     watched = config.predict.watch
     if watched is not None and not Path(watched).is_dir():
         raise UsageError(f"--watch: no such folder: {watched}")
-    paths = all_paths(config.run.paths, needed=watched is None)
+    if watched is not None and processes() > 1:
+        raise UsageError(f"--watch: is for one process, but there are {processes()}; leave torchrun out")
+    paths = from_first(lambda: all_paths(config.run.paths, needed=watched is None))
     detector = loaded(config, chosen)
     check_thresholds(detector)
-    folder = output_folder(detector.config)
+    folder = from_first(lambda: output_folder(detector.config))
+    paths = [path for path in paths if not lies_in(path, folder)]
+    if processes() > 1 and not is_first():
+        judge_together(detector, folder, from_first(list), None)
+        return 0
     counts = Counts()
     with Rows(folder) as rows:
-        paths = [path for path in paths if not lies_in(path, folder)]
         left = [path for path in paths if not rows.is_done(path)]
         if len(left) < len(paths):
             print(f"{folder}: {len(paths) - len(left)} of {len(paths)} images were judged before")
             for path in filter(rows.is_done, paths):
                 counts.add(rows.verdict(path))
-        judge_all(detector, left, folder, rows, counts)
+        if processes() > 1:
+            judge_together(detector, folder, from_first(lambda: list(enumerate(left, start=len(rows.done) + 1))), rows)
+            for path in left:
+                counts.add(rows.verdict(path))
+        else:
+            judge_all(detector, left, folder, rows, counts)
         if watched is not None:
             print(f"waiting for images in {watched}; Ctrl-C ends this; rows are written to {folder}", flush=True)
             with contextlib.suppress(KeyboardInterrupt):
@@ -223,6 +234,24 @@ def choose_engine(detector: ImageDetector, paths: Sequence[Path], images: int) -
         first = list(islice((one for one in opened if isinstance(one, Opened)), TRIED))
         if first:
             print(detector.hurry(first), flush=True)
+
+
+def judge_together(detector: ImageDetector, folder: Path, numbered: list[tuple[int, Path]], rows: Rows | None) -> None:
+    """As `judge_all`, of several processes: batch by batch in turn, each image with the number of its row; the first
+    process writes all `rows`, a batch of each process at a time."""
+    size = detector.config.train.batch_size
+    for start in range(rank() * size, len(numbered) + rank() * size, processes() * size):
+        own = numbered[start : start + size]
+        made = []
+        for (number, path), (_, opened, found, seconds) in zip(
+            own, outcomes(detector, [p for _, p in own]), strict=True
+        ):
+            if isinstance(found, Prediction) and opened is not None:
+                save_files(detector.config, folder, number, path, opened, found)
+            made.append(row_of(path, found, seconds))
+        for row in joined(made):
+            if rows is not None:
+                rows.add(row)
 
 
 Outcome = tuple[Path, Opened | None, Prediction | str, float]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from datasets.cache import NoRoom, cache_key, make_store, to_half
 from datasets.features import CachedFeatures, LiveFeatures
 from datasets.folder import ImageFolder
-from datasets.loaders import ImageLoader, ordered_loader, resolve_workers, train_loader
+from datasets.loaders import ImageLoader, grouped_loader, ordered_loader, resolve_workers, train_loader
 from datasets.reading import RELEASED, Reading
+from datasets.together import fill_together
 from default import (
     CALIBRATED,
     FIXED,
@@ -23,6 +25,7 @@ from default import (
     Config,
     EvalConfig,
     ModelConfig,
+    TrainConfig,
     UsageError,
     flag_of,
     flat,
@@ -35,10 +38,12 @@ from default import (
 from models.decision import Calibrated, Decision, scoring_of
 from models.detector import Detector
 from models.extractor import IMAGENET, FrozenExtractor, Normalization
+from models.footprint import training_bytes
 from models.official import is_official, load_official, load_strictly, refuse_misfit
 from models.scorer import Scorer, ScoreRule
 from models.vqflow import VQFlow, pool_features
 from utils.run.device import autocast, check_compiler, has_bfloat16, resolve_device
+from utils.run.distributed import block, from_first, processes, rank, share
 from utils.run.folders import check_writable
 from utils.run.keeper import LAST
 from utils.run.offline import go_offline
@@ -49,6 +54,7 @@ from utils.run.upgrade import FORMAT, OLD
 
 Source = LiveFeatures | CachedFeatures
 ANY = f"*/{LAST}"  # in a run folder with a model for each class
+MOST_AT_ONCE = 64  # images in one process, where --batch-size counts those of all
 KEYS = {"config", "model", "scorer", "classes", "extractor"}  # of a checkpoint of ours
 
 
@@ -63,7 +69,7 @@ class Stage:
     """
 
     def __init__(self, config: Config, normalization: Normalization | None = None) -> None:
-        self.config, self.device = config, resolve_device(config.run.device)
+        self.config, self.device = config, resolve_device(config.run.device, deterministic=config.run.deterministic)
         if config.run.offline:
             go_offline()
         if config.train.amp_enable and not has_bfloat16(self.device):
@@ -96,21 +102,28 @@ class Stage:
             recompute=self.config.train.checkpoint_activations,
         )  # fmt: skip
 
-    def room(self) -> int:
-        """Bytes that the checkpoints of a training take on the disk, without its memory: the last, the one before, the
-        best, and one that is being written, each with the weights and the optimizer's two moments of them."""
-        if self.config.run.mode != "train":
+    def room(self, place: str = "disk") -> int:
+        """Bytes at a place that features are kept at which a training takes for other things.
+
+        On the disk its checkpoints, without its memory: the last, the one before, the best, and one that is being
+        written, each with the weights and the optimizer's two moments of them. On the device its steps.
+        """
+        if self.config.run.mode != "train" or place == "ram":
             return 0
         state = random_state()
         with torch.device("meta"):
-            tensors = self.build_flow().state_dict().values()
+            flow = self.build_flow().to("meta")
         restore_random_state(state)
-        return 4 * 3 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if place == "disk":
+            return 4 * 3 * sum(tensor.numel() * tensor.element_size() for tensor in flow.state_dict().values())
+        side = self.config.data.view_size
+        shapes = [level.shape[1:] for level in self.extract(torch.zeros(1, 3, side, side, device=self.device))]
+        return training_bytes(flow, shapes, self.config.train.batch_size)
 
     def build_detector(self, flow: VQFlow | None = None, scorer: Scorer | None = None) -> Detector:
         """A flow and a scorer, new ones unless given: on the device, channels-last, compiled if wanted."""
         flow = flow or self.build_flow()
-        scorer = scorer or Scorer(channels=self.extractor.channels, memory=bool(self.config.model.memory))
+        scorer = scorer or new_scorer(self.config.model, self.extractor.channels)
         if self.config.train.compile:
             flow.compile_flows()
         detector = Detector(flow, scorer, size=self.config.score_size, amp=self.config.train.amp_enable)
@@ -124,15 +137,22 @@ class Stage:
         """
         with torch.no_grad(), autocast(self.device, self.config.train.amp_enable):
             levels = self.extractor(image.contiguous(memory_format=torch.channels_last))
+        levels = [level.float() for level in levels]  # a mean in bfloat16 has fewer digits than half precision keeps
         kept = pool_features(levels, self.extractor.strides, self.config.model.kept_pool)
         return [h.float() if self.config.data.cache == "none" else to_half(h).float() for h in kept]
 
     def training_features(self, dataset: ImageFolder) -> Source:
-        """Shuffled batches, of tiles with --tile; the last partial one dropped."""
+        """Shuffled batches, of tiles with --tile, the last partial one dropped; each process gets its part of them.
+
+        Raises:
+            UsageError: there are more processes than images in a batch.
+        """
         dataset = dataset.tiled
         size = self.config.train.batch_size
         if size > len(dataset):
             print(f"--batch-size {size}: there are {len(dataset)} training images, so a batch has {len(dataset)}")
+        if processes() > 1:
+            print(shared_out(min(size, len(dataset)), self.config.train))
         loader = train_loader(
             dataset, batch_size=size, workers=self.workers, seed=self.config.run.seed,
             pin_memory=self.device.type == "cuda",
@@ -140,12 +160,35 @@ class Stage:
         return self._source(loader, dataset)
 
     def ordered_features(self, dataset: ImageFolder, numbers: Sequence[int] | None = None) -> Source:
-        """All images in order, or those of these numbers; with --tile the tiles of each."""
+        """All images in order, or those of these numbers, with --tile the tiles of each; of several processes each
+        gets its share."""
         if dataset.geometry.tile is not None:
             chosen = None if numbers is None else frozenset(numbers)
             numbers = [n for n, owner in enumerate(dataset.owners) if chosen is None or owner in chosen]
             dataset = dataset.tiled
+        if processes() > 1:
+            numbers = share(range(len(dataset)) if numbers is None else numbers, self.ordered_size)
         return self._source(self._ordered(dataset, numbers), dataset)
+
+    def test_features(self, dataset: ImageFolder) -> Source:
+        """What `evaluate` takes: all images in order; with --tile batches of one image's tiles each, and of several
+        processes each gets every n-th image."""
+        if dataset.geometry.tile is None:
+            return self.ordered_features(dataset)
+        rows: dict[int, list[int]] = {}
+        for row, owner in enumerate(dataset.owners):
+            rows.setdefault(owner, []).append(row)
+        groups = [
+            own[start : start + self.ordered_size]
+            for own in (rows[number] for number in range(rank(), len(dataset), processes()))
+            for start in range(0, len(own), self.ordered_size)
+        ]
+        return self._source(grouped_loader(dataset.tiled, groups, workers=self.workers), dataset.tiled)
+
+    def chosen_features(self, dataset: ImageFolder, numbers: Sequence[int]) -> Source:
+        """The images of these ascending numbers in every process, in the batches in which all images would come."""
+        groups = [list(g) for _, g in groupby(numbers, lambda n: n // self.config.train.batch_size)]
+        return self._source(grouped_loader(dataset, groups, workers=self.workers), dataset)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -156,9 +199,15 @@ class Stage:
             for loader in self._loaders:
                 loader.end_workers()
 
+    @property
+    def ordered_size(self) -> int:
+        """Images in a batch of those that are looked at in order; a process of several takes no more than it can."""
+        size = self.config.train.batch_size
+        return size if processes() == 1 else min(size, MOST_AT_ONCE)
+
     def _ordered(self, dataset: ImageFolder, numbers: Sequence[int] | None = None) -> ImageLoader:
         return ordered_loader(
-            dataset, batch_size=self.config.train.batch_size, workers=self.workers, numbers=numbers,
+            dataset, batch_size=self.ordered_size, workers=self.workers, numbers=numbers,
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
 
@@ -173,25 +222,57 @@ class Stage:
     def _source(self, loader: ImageLoader, dataset: ImageFolder) -> Source:
         """From a cache as --cache says, else computed batch by batch."""
         self._loaders.append(loader)
-        data, ordered, folder = self.config.data, self._ordered(dataset), self.cache_folder(dataset)
-        place = "disk" if data.cache == "auto" else data.cache
-        free_choice = data.cache == "auto" and not data.pre_extract
-        once = free_choice and self.config.run.mode == "test" and not folder.is_dir()  # would not be read again
-        if place == "none" or once:
+        ordered, folder = self._ordered(dataset), self.cache_folder(dataset)
+        place = from_first(lambda: self._place(folder))
+        if place == "none":
             return LiveFeatures(loader, self.extract, self.device)
         try:
+            if place == "disk" and processes() > 1:
+                self._fill_together(dataset, folder)
             store = make_store(
-                place, folder, ordered, self.extract, device=self.device, keep=self.room(),
+                place, folder, ordered, self.extract, device=self.device, keep=self.room(place),
                 progress=lambda batches, text: progress(batches, total=len(ordered), text=text),
             )  # fmt: skip
         except NoRoom as error:
-            if not free_choice:
+            if self.config.data.cache != "auto" or self.config.data.pre_extract:
                 raise
             print(printable(f"{error}\nThe features are computed anew in each epoch."))
             return LiveFeatures(loader, self.extract, self.device)
         finally:
             ordered.end_workers()
         return CachedFeatures(loader, store, self.device)
+
+    def _place(self, folder: Path) -> str:
+        """Where features are kept: what --cache says, or what auto comes to."""
+        data = self.config.data
+        if data.cache != "auto":
+            return data.cache
+        once = self.config.run.mode == "test" and not data.pre_extract  # a cache would not be read a second time
+        return "none" if once and not folder.is_dir() else "disk"
+
+    def _fill_together(self, dataset: ImageFolder, folder: Path) -> None:
+        """Each process extracts its part of the images into a cache on disk that is not there yet."""
+        part = block(len(dataset), self.ordered_size)
+        loader = self._ordered(dataset, part)
+        fill_together(
+            folder, loader, self.extract, start=part.start, device=self.device, keep=self.room(),
+            progress=lambda batches, text: progress(batches, total=len(loader), text=text),
+        )  # fmt: skip
+        loader.end_workers()
+
+
+def shared_out(batch: int, config: TrainConfig) -> str:
+    """Says how several processes share a batch of so many images.
+
+    Raises:
+        UsageError: there are more of them than images.
+    """
+    count, own = processes(), batch // processes()
+    if not own:
+        raise UsageError(f"--batch-size: expected at least one image for each of {count} processes, but got {batch}")
+    added = f", added up over {config.accumulate} batches" if config.accumulate > 1 else ""
+    step = own * count * config.accumulate
+    return f"{count} processes: {own} images in each{added}, {step} a step; learning rate {config.lr:g}"
 
 
 def find_checkpoints(path: Path, class_names: Sequence[str]) -> list[Path]:
@@ -365,6 +446,14 @@ def load_decision(content: dict[str, Any], config: Config, name: str) -> Decisio
     return Decision(calibrated, config.eval.false_alarm_rate)
 
 
+def new_scorer(config: ModelConfig, channels: Sequence[int], rule: ScoreRule | None = None) -> Scorer:
+    """A scorer that has learnt nothing yet."""
+    concepts = config.k_cpc if config.quantize_enable else 1
+    return Scorer(
+        channels=channels, memory=bool(config.memory), context=config.context, concepts=concepts, rule=rule
+    )  # fmt: skip
+
+
 def load_scorer(content: dict[str, Any], config: ModelConfig, channels: Sequence[int], name: str) -> Scorer:
     """The scorer of a checkpoint of ours, with the constants that it was made with.
 
@@ -376,7 +465,7 @@ def load_scorer(content: dict[str, Any], config: ModelConfig, channels: Sequence
         rule, state = ScoreRule.of(stored["rule"]), dict(stored["state"])
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"--eval_ckpt: {name} holds a scorer that this version does not know") from error
-    scorer = Scorer(channels=channels, memory=bool(config.memory), rule=rule)
+    scorer = new_scorer(config, channels, rule)
     if scorer.memory is not None:
         scorer.memory.make_room({k.removeprefix("memory."): v for k, v in state.items()})
     load_strictly(scorer, state, name)

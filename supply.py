@@ -12,6 +12,7 @@ from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder
 from default import UsageError
 from models.decision import split_in_two
+from models.first_look import Again
 from stage import Source, Stage
 from utils.run.progress import progress
 
@@ -24,7 +25,8 @@ class Supply:
 
     Attributes:
         training: shuffled batches of a sub epoch, `batches` of them, and how many of the first ones are left out.
-        everything: all `images` training images in order.
+        everything: all `images` training images, or tiles, in order, of several processes each one's share.
+        again: those of some numbers, in every process; one alone has no need of it.
         sampled, decided_by: the image that each row of `sample` and of `deciding` belongs to; None: one of its own.
         sample: a fixed sample of the training images.
         units: held-out normal images that the units of the scores come from, None if none are held out.
@@ -34,6 +36,7 @@ class Supply:
     training: Callable[[int, int], Iterable[FeatureBatch]]
     batches: int
     everything: Passes
+    again: Again | None = None
     images: int
     sample: Passes
     units: Passes | None
@@ -63,6 +66,7 @@ def supply_of(stage: Stage, source: Source, kept: ImageFolder, held_out: ImageFo
     return Supply(
         training=training, batches=len(source), images=len(kept.tiled), sample=lambda: sample.epoch(0),
         everything=lambda: progress(everything.epoch(0), total=len(everything), text="first look"),
+        again=lambda numbers: (batch.features for batch in stage.chosen_features(kept.tiled, numbers).epoch(0)),
         units=units, deciding=deciding, sampled=rows_of(kept, evenly_spread(kept)),
         decided_by=rows_of(held_out, parts[1]) if held_out else None,
     )  # fmt: skip

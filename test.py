@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
 
-from datasets import are_unseen, build_datasets, present_classes, resolve_classes, split_holdout
+from datasets import are_unseen, build_datasets, present_classes, protocols, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
-from datasets.folder import ImageFolder
-from datasets.geometry import Stitch
+from datasets.folder import ImageFolder, Protocol
 from default import Config, EvalConfig, UsageError
+from judging import Judged, judged, measured, of_image, stitched
 from models.decision import Verdict
 from models.detector import Detector
-from models.scorer import image_scores
 from show import pictured, present, spared
 from stage import Stage, find_checkpoints, image_readings, load_detector, normalization_of, settled_config
 from utils.metrics import ClassAccumulator, mean_results
@@ -28,11 +26,12 @@ from utils.metrics.bootstrap import bootstrap
 from utils.metrics.concepts import agreement
 from utils.metrics.decisions import Decided, Rate
 from utils.metrics.published import comparison_rows
-from utils.report.images import Album, EvalResult, ImageResult
+from utils.report.images import Album, EvalResult, ImageResult, joined_albums
 from utils.report.page import ClassPage, curves_of, report_run
 from utils.report.results import Results, write_results
 from utils.report.verdicts import write_scores
 from utils.run.checkpoint import read_checkpoint
+from utils.run.distributed import from_first, gathered, interleaved, is_first, processes, rank
 from utils.run.folders import new_run, write_config
 from utils.run.progress import progress
 
@@ -44,53 +43,86 @@ def evaluate(
     config: EvalConfig,
     *,
     wanted: Collection[int] = (),
+    size: int = 1,
+    extra: Mapping[str, Protocol] = MappingProxyType({}),
     test: ImageFolder | None = None,
 ) -> EvalResult:
     """Score every image of `batches`, whose masks have the detector's size, and compute each class's metrics.
 
-    The detector is put into eval mode, and back as it was. Shown maps are kept of the `wanted` images in any case. The
-    images of `batches` are those of `test`, or their tiles, in order, which --eval-size native, --resize pad and --tile
-    need.
+    The detector is put into eval mode, and back as it was. Shown maps are kept of the `wanted` images in any case.
+    Of several processes each scores its share of the images, in batches of `size`; curves and maps are the first one's
+    alone. `extra`: by class, metrics of the data set's own, of one process. `test`: the images, in order, without which
+    all are taken for squares.
     """
     was_training = detector.training
     detector.eval()
-    accumulators = {name: ClassAccumulator(fpr_limit=config.fpr_limit) for name in class_names}
-    images: list[ImageResult] = []
-    album = Album(wanted)
+    found = Found({name: ClassAccumulator(fpr_limit=config.fpr_limit) for name in class_names}, [], Album(wanted))
     tiled = test is not None and test.geometry.tile is not None
-    for found in stitched(detector, batches, config, test) if test and tiled else judged(detector, batches, config):
-        batch, scores, maps = found.batch, found.scores, found.maps
-        pixel, pro, shown = (maps[name] for name in (config.pixel_score, config.pro_score, config.shown_score))
-        plain = tiled or not (config.eval_size == "native" or (test is not None and test.geometry.pads))
-        for own in alike(batch, plain=plain):
-            seen = truth_of(batch, own, (pixel, pro), None if plain else test, len(images), config)
-            accumulators[class_names[int(batch.class_index[own[0]])]].update(
-                labels=batch.label[own], scores=scores[own], masks=seen[0], maps=seen[1], pro_maps=seen[2]
-            )
-        verdict = None if detector.decision is None else detector.decision(scores, found.concept)
-        results = image_results(batch, class_names, scores, shown, found.concept, verdict)
-        for image, heat in zip(results, shown, strict=True):
-            kept = highest(heat, detector.size) if tiled else heat.cpu().numpy()
-            album.add(len(images), (image.class_name, image.label, image.hit), image.score, kept)
-            images.append(image)
+    size = 1 if tiled else size
+    for number, said in enumerate(
+        stitched(detector, batches, config, test) if test and tiled else judged(detector, batches, config)
+    ):
+        first = sum(map(len, found.images)) if processes() == 1 else (number * processes() + rank()) * size
+        for part in measured(said, test, first, config):
+            found.measure(part, class_names, config)
+        for row, index in enumerate(said.batch.class_index.tolist() if extra else ()):
+            if protocol := extra.get(class_names[index]):
+                heat = of_image(said.maps[config.pro_score][row], test, first + row)
+                protocol.add(said.batch.path[row], int(said.batch.label[row]), float(said.scores[row]), heat)
+        verdict = None if detector.decision is None else detector.decision(said.scores, said.concept)
+        shown = said.maps[config.shown_score]
+        found.images.append(list(image_results(said, class_names, shown, verdict)))
+        for place, (image, heat) in enumerate(zip(found.images[-1], shown, strict=True), start=first):
+            kept = highest(heat, detector.size) if tiled else heat
+            found.album.add(place, image.group, image.score, kept.cpu().numpy())
     detector.train(was_training)
-    classes = {name: accumulator.compute() for name, accumulator in accumulators.items()}
-    return EvalResult(
-        classes=classes, mean=mean_results(classes), images=tuple(images), maps=album.maps,
-        curves={name: curves_of(accumulator) for name, accumulator in accumulators.items()},
-        decided=decided_by(detector, images, config.false_alarm_rate),
+    return replace(
+        found.result(detector, config), extra={name: protocol.results() for name, protocol in extra.items()}
     )  # fmt: skip
 
 
+@dataclass
+class Found:
+    """What an evaluation, or a process's share of it, has found so far; the images batch by batch."""
+
+    accumulators: dict[str, ClassAccumulator]
+    images: list[list[ImageResult]]
+    album: Album
+
+    def measure(self, said: Judged, class_names: Sequence[str], config: EvalConfig) -> None:
+        """Add to the classes' metrics."""
+        for index, own in by_class(said.batch.class_index):
+            self.accumulators[class_names[index]].update(
+                labels=said.batch.label[own], scores=said.scores[own], masks=said.batch.mask[own],
+                maps=said.maps[config.pixel_score][own], pro_maps=said.maps[config.pro_score][own],
+            )  # fmt: skip
+
+    def result(self, detector: Detector, config: EvalConfig) -> EvalResult:
+        """Of all processes' images together."""
+        images = interleaved(self.images)
+        merged = {name: added_up(parts) for name, own in self.accumulators.items() if (parts := gathered(own))}
+        classes = from_first(lambda: {name: accumulator.compute() for name, accumulator in merged.items()})
+        return EvalResult(
+            classes=classes, mean=mean_results(classes), images=tuple(images),
+            maps=joined_albums(images, gathered(self.album.maps), self.album.wanted),
+            curves={name: curves_of(accumulator) for name, accumulator in merged.items()},
+            decided=decided_by(detector, images, config.false_alarm_rate),
+        )  # fmt: skip
+
+
+def added_up(parts: Sequence[ClassAccumulator]) -> ClassAccumulator:
+    """The first of a class's accumulators, with what the others hold."""
+    whole, *others = parts
+    for other in others:
+        whole.merge(other)
+    return whole
+
+
 def image_results(
-    batch: FeatureBatch,
-    class_names: Sequence[str],
-    scores: Tensor,
-    shown: Tensor,
-    concept: Tensor | None,
-    verdict: Verdict | None,
+    said: Judged, class_names: Sequence[str], shown: Tensor, verdict: Verdict | None
 ) -> Iterator[ImageResult]:
-    """What is said of each image of a batch: image `scores` (B,), `shown` maps (B, H, W), concepts, and the verdict."""
+    """What is said of each image of a batch, with its `shown` maps (B, H, W)."""
+    batch, concept = said.batch, said.concept
     height, width = shown.shape[1:]
     values, places = shown.flatten(1).max(1)
     masks = batch.mask.flatten(1)
@@ -99,7 +131,7 @@ def image_results(
         zip(batch.path, batch.class_index.tolist(), batch.label.tolist(), places.tolist(), strict=True)
     ):
         yield ImageResult(
-            path=path, class_name=class_names[index], label=label, score=float(scores[row]),
+            path=path, class_name=class_names[index], label=label, score=float(said.scores[row]),
             concept=None if concept is None else int(concept[row]),
             peak=((place % width + 0.5) / width, (place // width + 0.5) / height), peak_value=float(values[row]),
             hit=inside[row] if marked[row] else None,
@@ -108,6 +140,11 @@ def image_results(
             defective=None if verdict is None else bool(verdict.defective[row]),
             high=None if verdict is None else float(verdict.pixel_threshold[row]),
         )  # fmt: skip
+
+
+def highest(heat: Tensor, side: int) -> Tensor:
+    """A map (H, W) in a picture's size, (side, side): a small defect must not get lost."""
+    return adaptive_max_pool2d(heat[None], side)[0]
 
 
 def decided_by(detector: Detector, images: Sequence[ImageResult], rate: float) -> Decided | None:
@@ -126,100 +163,15 @@ def decided_by(detector: Detector, images: Sequence[ImageResult], rate: float) -
     )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """What is said of the images of a `batch`: image `scores` (B,), concepts (B,), and the maps (B, H, W) that are
-    wanted, by their scores' names."""
-
-    batch: FeatureBatch
-    scores: Tensor
-    concept: Tensor | None
-    maps: Mapping[str, Tensor]
-
-
-def judged(detector: Detector, batches: Iterable[FeatureBatch], config: EvalConfig) -> Iterator[Judged]:
-    """Batch by batch."""
-    for batch in batches:
-        judgement = detector.judge(batch.features)
-        maps = {n: getattr(judgement.maps, n) for n in {config.pixel_score, config.pro_score, config.shown_score}}
-        scores = image_scores(getattr(judgement.maps, config.image_score), config.top_k)
-        yield Judged(batch=batch, scores=scores, concept=judgement.output.concept, maps=maps)
-
-
-def stitched(
-    detector: Detector, batches: Iterable[FeatureBatch], config: EvalConfig, test: ImageFolder
-) -> Iterator[Judged]:
-    """Image by image from batches of tiles, with maps and masks of the image's own size, or of --eval-size; the score
-    is that of the tile with the highest one."""
-    rows = ((found, row) for found in judged(detector, batches, config) for row in range(len(found.scores)))
-    overlap, size = test.geometry.overlap, config.eval_size
-    target = (size, size) if isinstance(size, int) else None
-    for number, group in groupby(zip(rows, test.owners, test.tiled.items, strict=True), key=lambda entry: entry[1]):
-        parts: dict[str, Stitch] = {}
-        best: tuple[Judged, int] | None = None
-        for (found, row), _, tile in group:
-            assert tile.box is not None
-            for name, maps in found.maps.items():
-                part = parts.setdefault(name, Stitch(test.place(number).size, overlap, target))
-                part.add(maps[row].float().cpu().numpy(), tile.box)
-            if best is None or found.scores[row] > best[0].scores[best[1]]:
-                best = found, row
-        assert best is not None
-        yield whole(*best, parts, test.marks(number, target))
-
-
-def whole(found: Judged, row: int, parts: Mapping[str, Stitch], marks: NDArray[np.bool_]) -> Judged:
-    """An image whose highest tile is a row of `found`."""
-    one, concept = slice(row, row + 1), found.concept
-    batch = replace(
-        found.batch, features=[], mask=torch.from_numpy(marks)[None], label=found.batch.label[one],
-        class_index=found.batch.class_index[one], path=found.batch.path[one],
-    )  # fmt: skip
-    maps = {name: torch.from_numpy(part.map)[None] for name, part in parts.items()}
-    return Judged(batch=batch, scores=found.scores[one], concept=None if concept is None else concept[one], maps=maps)
-
-
-def highest(heat: Tensor, side: int) -> NDArray:
-    """A map (H, W) in a picture's size, (side, side): a small defect must not get lost."""
-    return torch.nn.functional.adaptive_max_pool2d(heat[None], side)[0].cpu().numpy()
-
-
-def alike(batch: FeatureBatch, *, plain: bool) -> Iterable[Tensor]:
-    """Rows of a batch that can be added up together: of one class, or, where sizes differ, of one image."""
-    if not plain:
-        return torch.arange(len(batch.label)).split(1)
-    return [own for _, own in by_class(batch.class_index)]
-
-
 def by_class(class_index: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Each class in the batch and the rows that belong to it."""
     for index in class_index.unique().tolist():
         yield index, (class_index == index).nonzero().flatten()
 
 
-def truth_of(
-    batch: FeatureBatch, rows: Tensor, maps: Sequence[Tensor], test: ImageFolder | None, first: int, config: EvalConfig
-) -> list[Tensor]:
-    """Masks of some rows of a batch, and each of its `maps` (B, H, W): all (N, h, w).
-
-    Of images of `test` without what is padded; `first` is the number of the batch's first image there.
-    """
-    if test is None:
-        return [values[rows.to(values.device)] for values in (batch.mask, *maps)]
-    number, row = first + int(rows), int(rows)
-    place = test.place(number)
-    found = [values[row].float().cpu().numpy() for values in maps]
-    if config.eval_size == "native":
-        part = place.seen(place.size)
-        made = [test.marks(number), *(place.drawn(values)[part] for values in found)]
-    else:
-        made = [place.part(values) for values in (batch.mask[row].cpu().numpy(), *found)]
-    return [torch.from_numpy(np.ascontiguousarray(values))[None] for values in made]
-
-
 class Ended:
     """What is written when models have been evaluated: the scores of all images so far, the tables, and only then
-    pictures and report, without which nothing is lost.
+    pictures and report, without which nothing is lost. Of several processes the first one writes.
 
     Args:
         folder: the run folder.
@@ -231,34 +183,36 @@ class Ended:
         self.folder, self.config, self.unseen = folder, config, unseen
         self.best: dict[str, dict[str, float]] | None = None  # see `Results`
         self.parts: list[EvalResult] = []
-        self._pages: dict[str, ClassPage] = {}
+        self.pages: dict[str, ClassPage] = {}
         self._table = ""
 
     def add(self, part: EvalResult) -> None:
         """A model's evaluation."""
         self.parts.append(part)
-        if part.images:
+        if part.images and is_first():
             write_scores(self.folder, (image for part in self.parts for image in part.images))
 
     def write_tables(self) -> None:
         """The tables of all that was added."""
-        self._table = write_results(self.folder, results_of(self.parts, self.config, self.best, self.unseen))
+        if is_first():
+            self._table = write_results(self.folder, results_of(self.parts, self.config, self.best, self.unseen))
 
     def show(
         self, stage: Stage, detector: Detector, sets: tuple[ImageFolder, ImageFolder, ImageFolder], share: int
     ) -> None:
         """Pictures of what was added last: see `present`."""
-        self._pages |= present(stage, detector, sets, self.parts[-1], self.folder / "pictures", share)
+        if is_first():
+            self.pages |= present(stage, detector, sets, self.parts[-1], self.folder / "pictures", share)
 
     def report(self) -> None:
         """Write the report, and say what was found and where it is."""
         lines = [self._table, f"run folder: {self.folder}"]
-        if self._pages:
+        if self.pages:
             rows = comparison_rows(self.config.data.dataset) if self.config.compared else []
             decided = Decided.joined([part.decided for part in self.parts if part.decided is not None])
             with spared(self.folder / "report.html"):
                 path = report_run(
-                    self.folder, self._pages, self.config, unseen=self.unseen, decided=decided, published=rows
+                    self.folder, self.pages, self.config, unseen=self.unseen, decided=decided, published=rows
                 )
                 lines.append(f"report: {path}")
         print("\n".join(lines))  # when all is written
@@ -281,6 +235,7 @@ def results_of(
         intervals=bootstrap(drawn, count, config.run.seed) if count and evaluated else None,
         concepts=agreement(*zip(*chosen, strict=True)) if chosen and shared and len(classes) > 1 else None,
         decided=Decided.joined([p.decided for p in parts if p.decided is not None]) if evaluated else None,
+        extra={name: metrics for part in parts for name, metrics in part.extra.items()},
     )  # fmt: skip
 
 
@@ -316,17 +271,22 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
             continue
         stage = Stage(own, normalization_of(content))
         detector = load_detector(content, stage, str(path))
-        source = stage.ordered_features(test)
+        source = stage.test_features(test)
         batches = progress(source.epoch(0), total=len(source), text="evaluation")
+        extra = protocols(own.data, class_names, test.items)
         with stage.reading():
-            found = evaluate(detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), test=test)
+            found = evaluate(
+                detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), size=stage.ordered_size,
+                extra=extra, test=test,
+            )  # fmt: skip
         sets = (*split_holdout(train, own.data.holdout), test)
-        ended = ended or Ended(new_run(own), own)
+        ended = ended or Ended(from_first(partial(new_run, own)), own)
         ended.unseen &= are_unseen(*sets[:2])
         ended.add(found)
         names = tuple(name for part in ended.parts for name in part.classes)
         ended.config = replace(own, data=replace(own.data, class_names=names))
-        write_config(ended.folder, ended.config)
+        if is_first():
+            write_config(ended.folder, ended.config)
         ended.write_tables()  # anew with each model: whether another one has test images is not known yet
         ended.show(stage, detector, sets, len(class_names) * len(paths))
     if ended is None:

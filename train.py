@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datasets import are_unseen, build_datasets, resolve_classes, split_holdout
+from datasets import are_unseen, build_datasets, protocols, resolve_classes, split_holdout
 from datasets.folder import ImageFolder
 from default import Config, TrainConfig
 from models.detector import Detector
 from resume import identity, saved_state
-from show import pictured
+from show import pictured, present
 from stage import Source, Stage
 from supply import supply_of
 from test import Ended, evaluate
 from trainer import FitResult, Trainer
 from utils.report.images import EvalResult
+from utils.run.distributed import alone, from_first, gathered, is_first, processes, queue, wait
 from utils.run.folders import new_folder, resumed_run, run_name, write_config
 from utils.run.lock import locked
 from utils.run.log import optional
@@ -55,16 +57,21 @@ def run_training(config: Config) -> Path:
     parts = parts_of(config, class_names)
     check_loggers(config.train)
     stage = Stage(config)
-    sources = [stage.training_features(part.kept) for part in parts]  # features that do not fit end here
-    folder = run_folder(config)
-    with locked(folder, "--resume"):
+    queued = processes() > 1 and not config.data.multi_class
+    sources = [] if queued else [stage.training_features(p.kept) for p in parts]  # features that do not fit end here
+    folder = from_first(lambda: run_folder(config))
+    with locked(folder, "--resume") if is_first() else contextlib.nullcontext():
         for part in parts:  # before anything is written
             saved_state(stage, part.classes, own_folder(folder, config, part.classes), part.train)
-        write_config(folder, config)
+        wait()
+        if is_first():
+            write_config(folder, config)
         images = sum(len(part.kept) for part in parts)
         print(f"{len(class_names)} classes, {images} training images; run folder: {folder}")
         ended = Ended(folder, config, unseen=all(part.unseen for part in parts))
-        for part, source in zip(parts, sources, strict=True):
+        if queued:
+            train_queued(stage, parts, folder, ended)
+        for part, source in zip(() if queued else parts, sources, strict=True):
             own = own_folder(folder, config, part.classes)
             own.mkdir(exist_ok=True)
             if not config.data.multi_class:
@@ -82,6 +89,28 @@ def run_training(config: Config) -> Path:
     return folder
 
 
+def train_queued(stage: Stage, parts: list[Part], folder: Path, ended: Ended) -> None:
+    """A model for each class in several processes: each trains the next class that none has taken, by itself."""
+    made = []
+    for number in queue(f"classes of {folder}", range(len(parts))):
+        part = parts[number]
+        own = own_folder(folder, stage.config, part.classes)
+        own.mkdir(exist_ok=True)
+        print(f"class {printable(part.classes[0])}")
+        with alone():
+            detector = stage.build_detector()
+            with stage.reading():
+                found = fit_part(stage, detector, part, stage.training_features(part.kept), own).last
+            sets, pages = (part.kept, part.normal, part.test), {}
+            if part.test.items:
+                pages = present(stage, detector, sets, found, folder / "pictures", len(parts))
+        made.append((number, replace(found, maps={}), pages))
+    for _, found, pages in sorted((row for rows in gathered(made) for row in rows), key=lambda row: row[0]):
+        ended.add(found)
+        ended.pages |= pages
+    ended.write_tables()
+
+
 def run_folder(config: Config) -> Path:
     """A new run folder, or the one that --resume goes on in."""
     found = resumed_run(config) if config.train.resume else None
@@ -94,19 +123,24 @@ def run_folder(config: Config) -> Path:
 def fit_part(stage: Stage, detector: Detector, part: Part, source: Source, folder: Path) -> FitResult:
     """Train one detector on its part's classes, from its checkpoint on if the run is resumed."""
     config = stage.config
-    test_source = stage.ordered_features(part.test) if part.test.items else None
+    test_source = stage.test_features(part.test) if part.test.items else None
     wanted = pictured(part.test, config.eval)
 
     def evaluation(detector: Detector) -> EvalResult:
         if test_source is None:
             return evaluate(detector, (), part.classes, config.eval)
         batches = progress(test_source.epoch(0), total=len(test_source), text="evaluation")
-        return evaluate(detector, batches, part.classes, config.eval, wanted=wanted, test=part.test)
+        extra = protocols(config.data, part.classes, part.test.items)
+        size = stage.ordered_size
+        return evaluate(
+            detector, batches, part.classes, config.eval, wanted=wanted, size=size, extra=extra, test=part.test
+        )
 
     supply = supply_of(stage, source, part.kept, part.normal if part.unseen else None)
-    own = identity(stage, part.classes, part.train)
+    own, saved = identity(stage, part.classes, part.train), saved_state(stage, part.classes, folder, part.train)
+    wait()  # until all have read what the first one will replace
     trainer = Trainer(config, detector, supply=supply, evaluate=evaluation, folder=folder, identity=own)
-    return trainer.fit(saved_state(stage, part.classes, folder, part.train))
+    return trainer.fit(saved)
 
 
 def own_folder(folder: Path, config: Config, group: tuple[str, ...]) -> Path:

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,10 +18,11 @@ from models.first_look import first_look
 from models.official import load_strictly
 from resume import Saved
 from stage import load_decision, load_scorer
-from steps import EpochStats, Place, Tally, training_steps
+from steps import EpochStats, Ledger, Model, Place, Tally, shared_by_all, training_steps
 from supply import Supply, kept
 from utils.report.images import EvalResult
 from utils.run.checkpoint import first_broken
+from utils.run.distributed import from_first, highest, is_first
 from utils.run.keeper import LAST, MIDDLE, Keeper
 from utils.run.log import RunLog
 from utils.run.profile import traced
@@ -73,6 +75,7 @@ class Trainer:
     ) -> None:
         self.config, self.detector, self.flow, self.supply = config, detector, detector.flow, supply
         self.evaluate, self.folder, self.identity = evaluate, folder, identity
+        self.model: Model = self.flow  # `fit` makes it a replica where there are several processes
         train = config.train
         self.optimizer = torch.optim.AdamW(
             [p for p in self.flow.parameters() if p.requires_grad],
@@ -93,17 +96,21 @@ class Trainer:
         train = self.config.train
         self._begin_epoch()
         done = self._restore(saved.content) if saved else 0
-        for path in saved.damaged if saved else ():
+        for path in saved.damaged if saved and is_first() else ():
             path.replace(path.with_name(path.name + ".damaged"))  # or it would take the place of the one before
         if train.resume:
             start = f"--resume: {self.folder} goes on with meta epoch 1 of {train.meta_epochs}, the first"
             print(printable(saved.line(train.meta_epochs) if saved else start))
         if not saved:
             supply = self.supply
-            first_look(self.detector, kept(supply.everything), images=supply.images, batch_size=train.batch_size)
+            first_look(
+                self.detector, partial(kept, supply.everything), images=supply.images, batch_size=train.batch_size,
+                again=supply.again,
+            )  # fmt: skip
+        self.model = shared_by_all(self.flow)
         log = RunLog(
             self.folder, kept=done, config=to_dict(self.config), tensorboard=train.tensorboard, wandb=train.wandb_enable
-        )
+        ) if is_first() else None  # fmt: skip
         result: EvalResult | None = None
         try:
             with held():
@@ -111,10 +118,11 @@ class Trainer:
                     result = self._meta_epoch(epoch, log)
         finally:
             self.keeper.close()
-            log.close()
+            if log is not None:
+                log.close()
         return FitResult(last=result or self.evaluate(self.detector), best_on_test=self.best)
 
-    def _meta_epoch(self, epoch: int, log: RunLog) -> EvalResult | None:
+    def _meta_epoch(self, epoch: int, log: RunLog | None) -> EvalResult | None:
         """Sub epochs, evaluation, a line in the log and checkpoints."""
         config, place = self.config, self.place
         books = self.flow.hierarchy.codebooks()
@@ -134,11 +142,13 @@ class Trainer:
             self._stop(epoch, stopped.number)
         improved = self._note_best(result, epoch + 1) if result else False
         stats = place.tally.stats(self.optimizer.param_groups[0]["lr"])
-        log.write({
+        entry = {
             "epoch": epoch + 1, "train": asdict(stats), LIKELIHOOD[config.model.objective]: likelihood,
             "codebooks": {name: book.statistics() for name, book in books.items()},
             "test": asdict(result.mean) if result else None,
-        } | ({"dropped": place.dropped} if place.dropped else {}))  # fmt: skip
+        } | ({"dropped": place.dropped} if place.dropped else {})  # fmt: skip
+        if log is not None:
+            log.write(entry)
         self._begin_epoch()
         self._save(epoch + 1, improved)  # after the log: a resumed run drops entries that no checkpoint covers
         print(progress_line(config, epoch + 1, stats, likelihood, result))
@@ -155,31 +165,40 @@ class Trainer:
         train, place, supply = self.config.train, self.place, self.supply
         share, number = 1 / (train.meta_epochs * train.sub_epochs), epoch * train.sub_epochs + place.sub
         batches = supply.training(number, place.tally.batches)
-        if train.profile and number == 0:
+        if train.profile and number == 0 and is_first():
             batches = traced(batches, train.profile * train.accumulate, self.folder / "trace.json")
         step = share / supply.batches
-        for dropped in training_steps(
-            self.flow, batches, self.optimizer, train, start=number * share, step=step, tally=place.tally
+        ledger = Ledger.of(place.tally, self.optimizer)
+        for _ in training_steps(
+            self.model, batches, self.optimizer, train, start=number * share, step=step, ledger=ledger
         ):
-            self._after_step(epoch, dropped)
+            self._after_step(epoch, ledger)
+        self._note(ledger.known(everything=True))
         place.sub += 1
         if place.sub < train.sub_epochs:
             place.tally = Tally()
 
-    def _after_step(self, epoch: int, dropped: Sequence[str]) -> None:
-        """Stop or save where that is wanted; a step that was `dropped` comes with its files."""
-        train, place = self.config.train, self.place
-        place.note(dropped)
-        if dropped:
-            names = ", ".join(dropped[:4]) + (f" and {len(dropped) - 4} more" if len(dropped) > 4 else "")
-            print(printable(f"warning: a step without a finite loss was left out: {names}"), file=sys.stderr)
-        if place.streak >= train.max_dropped:
-            raise UsageError(self._diverged(f"{place.streak} steps in a row had no finite loss"))
+    def _after_step(self, epoch: int, ledger: Ledger) -> None:
+        """Stop or save where that is wanted."""
         self.steps += 1
-        if asked():
-            self._stop(epoch, asked())
-        if train.save_every and self.steps % train.save_every == 0 and not place.streak:
+        number, every = highest(asked()), self.config.train.save_every  # all processes stop after the same step
+        wanted = bool(every) and self.steps % every == 0
+        self._note(ledger.known(everything=bool(number) or wanted))
+        if number:
+            self._stop(epoch, number)
+        if wanted and not self.place.streak:
             self._save_middle(epoch)
+
+    def _note(self, outcomes: Sequence[Sequence[str]]) -> None:
+        """Steps that were taken, or dropped: these come with their files."""
+        train, place = self.config.train, self.place
+        for dropped in outcomes:
+            place.note(dropped)
+            if dropped:
+                names = ", ".join(dropped[:4]) + (f" and {len(dropped) - 4} more" if len(dropped) > 4 else "")
+                print(printable(f"warning: a step without a finite loss was left out: {names}"), file=sys.stderr)
+            if place.streak >= train.max_dropped:
+                raise UsageError(self._diverged(f"{place.streak} steps in a row had no finite loss"))
 
     def _stop(self, epoch: int, number: int) -> NoReturn:
         """Save, and raise `Stopped` with a text that says how to go on."""
@@ -194,7 +213,9 @@ class Trainer:
     def _diverged(self, how: str) -> str:
         """Says what to do, and which checkpoint is still good."""
         self.keeper.wait()
-        there = next((self.folder / name for name in (MIDDLE, LAST) if (self.folder / name).is_file()), None)
+        there = from_first(
+            lambda: next((self.folder / name for name in (MIDDLE, LAST) if (self.folder / name).is_file()), None)
+        )
         good = f"the last good checkpoint is {there}" if there else "there is no checkpoint yet"
         return f"--lr: training diverged ({how}) with a learning rate of {self.config.train.lr}; lower it; {good}"
 
@@ -243,11 +264,14 @@ class Trainer:
         return {"optimizer": self.optimizer.state_dict(), "random": random_state()}
 
     def _save(self, epoch: int, improved: bool) -> None:
-        self.keeper.finished(self._content(epoch), self._progress(), best=improved)
+        if is_first():
+            self.keeper.finished(self._content(epoch), self._progress(), best=improved)
 
     def _save_middle(self, epoch: int) -> None:
         """Save the meta epoch after `epoch` finished ones as far as it is; thresholds would be those of before."""
         self._refuse_broken()
+        if not is_first():
+            return
         usage = {name: book.usage for name, book in self.flow.hierarchy.codebooks().items()}
         more = {"place": asdict(self.place), "usage": usage, "decision": None}
         self.keeper.middle(self._content(epoch) | self._progress() | more)
@@ -259,7 +283,7 @@ class Trainer:
         self.detector.scorer = scorer.to(next(self.flow.parameters()).device)
         self.detector.decision = load_decision(saved, self.config, "--resume")
         self.optimizer.load_state_dict(saved["optimizer"])
-        restore_random_state(saved["random"])
+        restore_random_state(saved["random"])  # the first process's, which all share
         self.best = saved["best_on_test"]
         if "place" in saved:
             self.place = Place.of(saved["place"])

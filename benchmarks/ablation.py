@@ -38,7 +38,9 @@ from utils.run.checkpoint import read_checkpoint
 from utils.run.folders import resumed_run
 
 FLOWS = (0, 1, 2)
-MEMORY = tuple(range(3, 3 + len(ScoreRule().views)))
+CONTEXT = (3, 4, 5, 6)
+MEMORY = tuple(range(7, 7 + len(ScoreRule().views)))
+ALL = (*FLOWS, *CONTEXT, *MEMORY)
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,19 @@ class Reading:
 
 
 READINGS = {
-    "recipe": Reading((*FLOWS, *MEMORY)),
-    "image score: top 3 % instead of 0.1 %": Reading((*FLOWS, *MEMORY), top_k=0.03),
-    "pixel scores: surprise instead of contrast": Reading((*FLOWS, *MEMORY), maps=("surprise",) * 3),
-    "flow alone": Reading(FLOWS),
+    "recipe": Reading(ALL),
+    "image score: top 3 % instead of 0.1 %": Reading(ALL, top_k=0.03),
+    "pixel scores: surprise instead of contrast": Reading(ALL, maps=("surprise",) * 3),
+    "flow alone: couplings and context, no memory": Reading((*FLOWS, *CONTEXT)),
+    "couplings alone": Reading(FLOWS),
+    "context alone": Reading(CONTEXT),
     "memory alone": Reading(MEMORY),
-    "without the memory's finest view": Reading((*FLOWS, *MEMORY[1:])),
-    "without the memory's middle view": Reading((*FLOWS, MEMORY[0], *MEMORY[2:])),
-    "without the memory's coarsest view": Reading((*FLOWS, *MEMORY[:-1])),
+    "without the couplings": Reading((*CONTEXT, *MEMORY)),
+    "without the context": Reading((*FLOWS, *MEMORY)),
+    "without the context's top level": Reading((*FLOWS, *CONTEXT[:-1], *MEMORY)),
+    "without the memory's finest view": Reading((*FLOWS, *CONTEXT, *MEMORY[1:])),
+    "without the memory's middle view": Reading((*FLOWS, *CONTEXT, MEMORY[0], *MEMORY[2:])),
+    "without the memory's coarsest view": Reading((*FLOWS, *CONTEXT, *MEMORY[:-1])),
     "flow's likelihood, log-determinant included": Reading(maps=("likelihood",) * 3),
     "published scores (mul, add, mul, top 3 %)": Reading(maps=("mul", "add", "mul"), top_k=0.03),
 }
@@ -76,13 +83,17 @@ TRAINED = {
     "no noise, no weight decay": ["--noise", "0", "--weight-decay", "0"],
     "one meta epoch": ["--meta-epochs", "1"],
     "learning rate 1e-4": ["--lr", "1e-4"],
-    "released codebooks": ["--codebooks", "released"],
+    "learned concepts, no context": ["--semantics", "learned", "--context", "0"],
+    "released codebooks, no context": ["--codebooks", "released", "--semantics", "learned", "--context", "0"],
+    "context at distance 1": ["--context", "1"],
+    "context at distance 3": ["--context", "3"],
     "no codebooks": ["--no-quantize-enable", "--no-mixed-gaussian"],
     "no position encoding": ["--no-concat-pos"],
     "released recipe, 8 sub epochs": [
         "--objective", "released", "--codebooks", "released", "--no-standardize", "--noise", "0", "--weight-decay", "0",
         "--schedule", "constant", "--warmup", "0.125", "--lr", "1e-4", "--meta-epochs", "4", "--eval-interval", "4",
-        "--pool-type", "avg", "--memory", "0", "--holdout", "0", *PUBLISHED,
+        "--pool-type", "avg", "--memory", "0", "--holdout", "0", "--context", "0", "--semantics", "learned",
+        *PUBLISHED,
     ],
 }  # fmt: skip
 

@@ -64,7 +64,7 @@ def run(config: Config, rounds: int, cpu_time: bool) -> None:
     ordered = stage.ordered_features(source.dataset)
     first_look(
         detector,
-        (batch.features for batch in ordered.epoch(0)),
+        lambda: (batch.features for batch in ordered.epoch(0)),
         images=len(source.dataset),
         batch_size=config.train.batch_size,
     )

@@ -96,7 +96,8 @@ class Bench:
 
     def __init__(self, size: str, batch: int, device: torch.device, *, cpu_time: bool = False, **changes: Any) -> None:
         self.cpu_time = cpu_time
-        changes |= {"pretrained": False, "weights": None, "memory": 0}  # the released way has no memory
+        changes |= {"pretrained": False, "weights": None}
+        changes |= {"memory": 0, "context": 0, "semantics": "learned"}  # the released way has none of these
         config = make_config(PRESETS[size], **changes)
         self.config, self.device, self.side = config, device, config.data.input_size
         torch.manual_seed(config.run.seed)

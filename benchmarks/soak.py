@@ -54,7 +54,7 @@ class Usage:
 
     @classmethod
     def now(cls) -> Usage:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         files, threads = (sum(1 for _ in Path(f"/proc/self/{kind}").iterdir()) for kind in ("fd", "task"))
         return cls(
             time=time.perf_counter(), memory=pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files=files, threads=threads

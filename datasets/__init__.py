@@ -4,37 +4,63 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from datasets import mvtec, sample, visa, walk
+from datasets import (
+    autovi,
+    btad,
+    cifar10,
+    kolektor,
+    loco,
+    manifest,
+    mpdd,
+    mvtec,
+    mvtec_3d,
+    mvtec_ad_2,
+    real_iad,
+    sample,
+    vad,
+    visa,
+    walk,
+)
 from datasets.checks import check_items
-from datasets.folder import DatasetSpec, ImageFolder, Item, Scan
+from datasets.folder import DatasetSpec, ImageFolder, Item, Protocol, Scan
 from datasets.geometry import Geometry
 from datasets.reading import Reading, check_flags, decide
 from default import DataConfig, UsageError
+from utils.run.distributed import processes
 from utils.run.text import one_line
 
 CALIBRATION = 16  # training images per class that calibrate where none are held out
+DEFAULT_LAYOUT = "{}/CLASS/train/good, or good images alone"
 SPECS: dict[str, DatasetSpec] = {
     "mvtec": mvtec.SPEC, "visa": visa.SPEC, "folder": walk.SPEC, "sample": sample.SPEC,
+    "visa-fewshot": visa.FEWSHOT, "visa-highshot": visa.HIGHSHOT, "btad": btad.SPEC, "mpdd": mpdd.SPEC,
+    "mvtec-ad-2": mvtec_ad_2.SPEC, "mvtec-loco": loco.SPEC, "mvtec-3d": mvtec_3d.SPEC, "real-iad": real_iad.SPEC,
+    "ksdd2": kolektor.SECOND, "kolektorsdd": kolektor.FIRST, "cifar10": cifar10.SPEC, "autovi": autovi.SPEC,
+    "vad": vad.SPEC, "jsonl": manifest.JSONL, "csv": manifest.CSV,
 }  # fmt: skip
 
 
 def resolve_root(data: DataConfig) -> Path:
-    """The data set's folder; the built-in sample is made there on first use.
+    """The data set's folder (its file, where it is one); what is made on first use is made there.
 
     Raises:
         UsageError: there is no such folder, or it is empty.
     """
     spec = SPECS[data.dataset]
     places = [Path(place) for place in (spec.places if data.data_path is None else (data.data_path,))]
-    root = next((place for place in places if place.is_dir() and any(place.iterdir())), places[0])
+    root = next((place for place in places if place.is_file() or walk.is_filled(place)), places[0])
     if data.dataset == "sample":
         sample.make_sample(root)
-    if not root.is_dir():
+    if not root.is_dir() and not (root.is_file() and spec.found):
         raise UsageError(f"--data-path: no such folder: {root}{spec.hint}")
-    if not any(root.iterdir()):
+    if root.is_dir() and not walk.is_filled(root):
         raise UsageError(f"--data-path: {root} is empty{spec.hint}")
+    root = next((root / inner for inner in spec.inner if (root / inner).is_dir()), root)
+    if spec.prepare:
+        spec.prepare(root)
     return root
 
 
@@ -45,28 +71,40 @@ def resolve_classes(data: DataConfig) -> tuple[str, ...]:
         UsageError: a class that the data set does not have, or no classes in the folder.
     """
     spec, root = SPECS[data.dataset], resolve_root(data)
-    known = spec.classes or tuple(walk.own_classes(root, data.good_names))
+    known = spec.classes or tuple(spec.found(root) if spec.found else walk.own_classes(root, data.good_names))
     if not known:
-        raise UsageError(f"--data-path: no images in {root}; expected {root}/CLASS/train/good, or good images alone")
+        raise UsageError(f"--data-path: no images in {root}; expected {spec.layout or DEFAULT_LAYOUT.format(root)}")
     for name in data.class_names:
         if name not in ("all", *known):
             article = "an" if spec.title[0] in "AEIOM" else "a"
             kind = f"{article} {spec.title} class" if spec.classes else f"a class in {root}"
             raise UsageError(f"--class-names: {name!r} is not {kind}; choose from all, {', '.join(known)}")
-    return known if "all" in data.class_names else tuple(name for name in known if name in data.class_names)
+    asked = known if "all" in data.class_names else tuple(name for name in known if name in data.class_names)
+    if spec.overlapping and data.multi_class and len(asked) > 1:
+        raise UsageError(
+            f"--multi-class: {', '.join(asked)} of {spec.title} are splits of the same images, and a model of one "
+            "would be trained on the other's test images; leave it out, or choose one with --class-names"
+        )
+    return asked
 
 
 def class_folder(data: DataConfig, name: str) -> Path:
-    """Where a class of the data set lies, or would."""
-    root = resolve_root(data)
-    own = {} if SPECS[data.dataset].classes else walk.own_classes(root, data.good_names)
+    """Where a class of the data set lies, or would; the root / NAME also where classes are no folders."""
+    spec, root = SPECS[data.dataset], resolve_root(data)
+    own = {} if spec.classes or spec.found else walk.own_classes(root, data.good_names)
     return own.get(name, root / name)
+
+
+def is_there(data: DataConfig, name: str) -> bool:
+    """Whether the data set holds a class."""
+    found = SPECS[data.dataset].found
+    return class_folder(data, name).is_dir() if found is None else name in found(resolve_root(data))
 
 
 def present_classes(data: DataConfig, class_names: Sequence[str]) -> tuple[str, ...]:
     """Those of a model's classes that the data set holds; a line says so if it does not hold all of them."""
     root = resolve_root(data)
-    there = tuple(name for name in class_names if class_folder(data, name).is_dir())
+    there = tuple(name for name in class_names if is_there(data, name))
     if len(there) < len(class_names):
         names = ", ".join(there) or "none"
         print(one_line(f"{root} holds {len(there)} of the model's {len(class_names)} classes: {names}"))
@@ -95,18 +133,21 @@ def build_datasets(
     settled = [settle(name, scan, data, readings) for name, scan in scans.items()]
     tell_readings(dict(zip(scans, settled, strict=True)))
     train, test = [], []
+    checked = replace(data, trust_masks=data.trust_masks or SPECS[data.dataset].trusts_masks)
     for scan, reading in zip(scans.values(), settled, strict=True):
         parts = limited(scan.train, data.limit), limited(scan.test, data.limit)
-        check_items([*parts[0], *parts[1]], reading, data)
+        check_items([*parts[0], *parts[1]], reading, checked)
         train += parts[0]
         test += parts[1]
+    for protocol in protocols(data, class_names, test).values():
+        protocol.check()
     made = ImageFolder(train, Geometry.of(data), None, settled, data.max_pixels)
     return made, made.having(test, mask_size)
 
 
 def unlabelled(data: DataConfig) -> dict[str, list[Path]]:
     """The images that lie in `test` itself, by class, of classes that have any; of a user's own images alone."""
-    if SPECS[data.dataset].classes:
+    if SPECS[data.dataset].classes or SPECS[data.dataset].found:
         return {}
     found = {name: walk.loose_images(class_folder(data, name) / "test") for name in resolve_classes(data)}
     return {name: paths for name, paths in found.items() if paths}
@@ -118,13 +159,32 @@ def scan_classes(data: DataConfig, class_names: Sequence[str]) -> dict[str, Scan
     Raises:
         UsageError: there is none, or it is incomplete.
     """
-    root, scans = resolve_root(data), {}
+    spec, scans = SPECS[data.dataset], {}
+    expected = f"; expected {spec.layout}" if spec.layout else ""
     for index, name in enumerate(class_names):
-        folder = class_folder(data, name)
-        if not folder.is_dir():
-            raise UsageError(f"--data-path: no folder of the class {name!r} in {root}")
-        scans[name] = SPECS[data.dataset].scan(folder, index, data.good_names)
+        if not is_there(data, name):
+            raise UsageError(f"--data-path: no folder of the class {name!r} in {resolve_root(data)}{expected}")
+        try:
+            scans[name] = spec.scan(class_folder(data, name), index, data.good_names)
+        except UsageError as error:
+            if not str(error).startswith("--data-path"):  # of a single file, not of the tree
+                raise
+            raise UsageError(f"{error}{expected}") from error
     return scans
+
+
+def protocols(data: DataConfig, class_names: Sequence[str], items: Sequence[Item]) -> dict[str, Protocol]:
+    """The metrics of its own that the data set asks for, by class; empty for most, and where processes share images."""
+    make = SPECS[data.dataset].protocol
+    if make is None:
+        return {}
+    if processes() > 1:
+        print(
+            f"--dataset {data.dataset}: its own metrics are left out; evaluate the checkpoint without torchrun for them"
+        )
+        return {}
+    made = {n: make([item for item in items if item.class_index == i]) for i, n in enumerate(class_names)}
+    return {name: protocol for name, protocol in made.items() if protocol is not None}
 
 
 def settle(name: str, scan: Scan, data: DataConfig, readings: Mapping[str, Reading] | None) -> Reading:

@@ -24,14 +24,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datasets.folder import Batch, ImageFolder
+from datasets.masks import mask_files
 from default import UsageError
 from utils.run.lock import Hold, seized
 
-VERSION = 4  # of the folder's layout and of how images are read
+VERSION = 5  # of the folder's layout and of how images are read
 HALF_MAX = 65504.0
 SHARE = 0.95  # of the free space that features may take
 ABANDONED = 2 * 86400  # seconds after which a half-written folder is a dead process's where no lock tells
-LOCK = "writer.lock"  # in a half-written folder, held by who writes it
+LOCK = ".lock"  # ends the name of a file beside a half-written folder; who writes it holds it from before it is there
 BLOCK = 1 << 20
 
 Extract = Callable[[Tensor], list[Tensor]]  # images (B, 3, H, W) -> pooled feature levels
@@ -87,13 +88,11 @@ def cache_key(dataset: ImageFolder, **settings: object) -> str:
     settings |= {"version": VERSION}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for item in dataset.items:
-        for path in (item.path, item.mask_path):
-            if path is not None:
-                stat = path.stat()
-                digest.update(os.fsencode(path.resolve()))
-                digest.update(
-                    f"|{stat.st_size}|{stat.st_mtime_ns}|{item.label}|{item.box}|{dataset.reading(item)!r}\n".encode()
-                )
+        own = f"{item.label}|{item.box}|{dataset.reading(item)!r}"
+        for path in (item.path, *(mask_files(item.mask_path) if item.mask_path else ())):
+            stat = path.stat()
+            digest.update(os.fsencode(path.resolve()))
+            digest.update(f"|{stat.st_size}|{stat.st_mtime_ns}|{own}\n".encode())
     return digest.hexdigest()[:20]
 
 
@@ -110,12 +109,13 @@ def free_space(place: str, root: Path, device: torch.device) -> float:
 
 
 def check_space(size: FeatureSize, place: str, root: Path, device: torch.device, keep: int = 0) -> str | None:
-    """What is wrong with keeping the features at `place`, None if they fit and `keep` bytes of a disk are left."""
-    free, keep = free_space(place, root, device), keep if place == "disk" else 0
+    """What is wrong with keeping the features at `place`, None if they fit and `keep` bytes of it are left."""
+    free = free_space(place, root, device)
     if size.total <= min(SHARE * free, free - keep):
         return None
     where = {"disk": f"under {root}", "ram": "in memory", "device": f"on {device}"}[place]
-    others = f" and {keep / 1e9:.2f} are kept for checkpoints" if keep else ""
+    use = "checkpoints" if place == "disk" else "training"
+    others = f" and {keep / 1e9:.2f} are kept for {use}" if keep else ""
     return f"the {size} do not fit {where}, where {free / 1e9:.2f} GB are free{others}"
 
 
@@ -188,12 +188,18 @@ def sweep(root: Path) -> None:
         with contextlib.suppress(OSError):  # another process has just finished it, or it is another user's
             if is_abandoned(old):
                 shutil.rmtree(old, ignore_errors=True)
+                lock_of(old).unlink(missing_ok=True)
+
+
+def lock_of(part: Path) -> Path:
+    """The lock of a half-written folder."""
+    return part.with_name(part.name + LOCK)
 
 
 def is_abandoned(part: Path) -> bool:
     """Whether nobody writes a half-written folder any more."""
-    if (part / LOCK).is_file():
-        with seized(part / LOCK) as (_, hold):
+    if lock_of(part).is_file():
+        with seized(lock_of(part)) as (_, hold):
             if hold is not Hold.UNKNOWN:
                 return hold is Hold.OURS
     return time.time() - part.stat().st_mtime > ABANDONED
@@ -212,18 +218,19 @@ def build_folder(
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             sweep(folder.parent)
-            part.mkdir()
-            with seized(part / LOCK):
+            with seized(lock_of(part)):
+                part.mkdir()
                 store = disk_store(size, part)
                 allocate(part)
                 fill(store, progress(ordered, str(size)), extract, device)
                 del store
-            (part / LOCK).unlink()
-            settle(part, folder)
+                settle(part, folder)
         except OSError as error:
             raise NoRoom(f"--cache disk: cannot keep the {size} in {folder.parent}: {error.strerror}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            lock_of(part).unlink(missing_ok=True)
 
 
 def settle(part: Path, folder: Path) -> None:
@@ -279,7 +286,7 @@ def make_store(
 ) -> FeatureStore:
     """Features of `ordered`'s images at `place` (disk, ram or device), read from `folder` where it is there.
 
-    `keep` bytes of the disk are left for other files.
+    `keep` bytes of that place are left for other things.
 
     Raises:
         NoRoom: they do not fit.

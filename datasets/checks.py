@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets.decode import read_pixels
 from datasets.folder import Item
-from datasets.masks import agree, check_levels, check_marks, check_shape, follow, read_marks
+from datasets.masks import agree, check_levels, check_marks, check_shape, follow, mask_files, read_marks
 from datasets.pixels import read_header
 from datasets.reading import Reading, picture
 from default import DataConfig, UsageError
@@ -35,7 +35,8 @@ def check_item(item: Item, reading: Reading, data: DataConfig) -> None:
     marks = read_marks(item.mask_path, data.max_pixels)
     if data.trust_masks:
         return
-    check_levels(item.mask_path, data.max_pixels)
+    for path in mask_files(item.mask_path):
+        check_levels(path, data.max_pixels)
     check_marks(item.mask_path, marks)
     if not agree((marks.shape[1], marks.shape[0]), header.size):  # a tag may turn the image, which decoding tells
         pixels = read_pixels(item.path, data.max_pixels)

@@ -103,13 +103,17 @@ class CachedFeatures:
 
 
 def prefetched(batches: Iterator[FeatureBatch], device: torch.device) -> Iterator[FeatureBatch]:
-    """On CUDA the next batch is read and copied on a stream of its own while the current one is worked on."""
+    """On CUDA the next batch is read and copied on a stream of its own while the current one is worked on.
+
+    What the main stream was told before must be done by then: it may have filled the store, or loaded the extractor.
+    """
     if device.type != "cuda":
         yield from batches
         return
     side = torch.cuda.Stream(device)
 
     def following() -> FeatureBatch | None:
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             return next(batches, None)
 

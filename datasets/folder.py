@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol as TypingProtocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from datasets.decode import read_pixels
 from datasets.geometry import Box, Geometry, Place, Size
 from datasets.masks import at_size, follow, load_mask, read_marks
-from datasets.pixels import MAX_PIXELS, read_header
+from datasets.pixels import MAX_PIXELS, Header, read_header
 from datasets.reading import PLAIN, Reading, picture
 from datasets.transforms import planes_tensor, to_tensor
 
@@ -26,9 +27,9 @@ GOOD = "good"
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """An image file: its mask (None: no defect, or none drawn), label (1 defective), class, kind of defect, and its
-    name within the kind without suffix (cam1/000 where images lie in nested folders). `held_out`: a normal image that
-    the data set itself keeps out of training."""
+    """An image file: its mask (None: no defect, or none drawn; a folder: all in it together), label (1 defective),
+    class, kind of defect, and its name within the kind without suffix (cam1/000 where images lie in nested folders).
+    `held_out`: a normal image that the data set itself keeps out of training."""
 
     path: Path
     mask_path: Path | None
@@ -49,15 +50,20 @@ class Scan:
     test: list[Item]
     ignored: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def counts(self) -> Counts:
+        """In numbers."""
+        bad, held_out = sum(item.label for item in self.test), sum(item.held_out for item in self.train)
+        return Counts(train=len(self.train) - held_out, good=len(self.test) - bad, bad=bad, held_out=held_out)
+
     def line(self, name: str) -> str:
         """One line for people: class, images and masks in numbers."""
-        bad, count = sum(item.label for item in self.test), sum(self.ignored.values())
+        counts, count = self.counts, sum(self.ignored.values())
         masks = sum(item.mask_path is not None for item in self.test)
-        held_out = sum(item.held_out for item in self.train)
-        calibration = f", calibration {held_out}" if held_out else ""
+        calibration = f", calibration {counts.held_out}" if counts.held_out else ""
         sorts = [f"{sort} {n}" if len(self.ignored) > 1 else sort for sort, n in self.ignored.items()]
         return (
-            f"{name}: train {len(self.train) - held_out}{calibration}, good {len(self.test) - bad}, defective {bad}, "
+            f"{name}: train {counts.train}{calibration}, good {counts.good}, defective {counts.bad}, "
             f"masks {masks}, ignored {count}" + (f" ({', '.join(sorts)})" if count else "")
         )
 
@@ -96,6 +102,34 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many images a class has: normal ones to train on, normal ones kept out of training, good and defective ones
+    to test."""
+
+    train: int
+    good: int
+    bad: int
+    held_out: int = 0
+
+    def __str__(self) -> str:
+        kept = f", held out {self.held_out}" if self.held_out else ""
+        return f"train {self.train}{kept}, good {self.good}, defective {self.bad}"
+
+
+class Protocol(TypingProtocol):
+    """Metrics of one data set beside the seven, gathered while an evaluation passes the images of a class."""
+
+    def check(self) -> None:
+        """Raise `UsageError` for what `add` could not measure; called before anything is trained."""
+
+    def add(self, path: str, label: int, score: float, heat: Tensor) -> None:
+        """An image with its score and score map (M, M)."""
+
+    def results(self) -> dict[str, float]:
+        """Metric -> fraction, NaN where it is not defined."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
     """What a data set is.
 
@@ -104,6 +138,16 @@ class DatasetSpec:
         places: default folders, the first one that exists counts.
         scan: class folder (root / name), class index, names of folders of good images -> what it holds.
         hint: said when the folder is missing.
+        layout: what a copy looks like, said when one does not.
+        licence, citation: of the data.
+        counts: of the official copy, by class.
+        total: of all classes together, where that alone is published.
+        inner: folders that the archive unpacks into, looked for below the given one.
+        prepare: makes of the root what `scan` reads; does nothing the second time.
+        found: root -> the classes there, where they are not folders in it.
+        overlapping: classes are different splits of the same images, which one model must not see together.
+        trusts_masks: the official masks hold what would be a mistake elsewhere, such as empty ones.
+        protocol: test images of a class -> the metrics of its own that the data set asks for.
     """
 
     title: str
@@ -111,6 +155,17 @@ class DatasetSpec:
     places: tuple[str, ...]
     scan: Callable[[Path, int, Sequence[str]], Scan]
     hint: str = ""
+    layout: str = ""
+    licence: str = ""
+    citation: str = ""
+    counts: Mapping[str, Counts] = field(default_factory=dict)
+    total: Counts | None = None
+    inner: tuple[str, ...] = ()
+    prepare: Callable[[Path], None] | None = None
+    found: Callable[[Path], Sequence[str]] | None = None
+    overlapping: bool = False
+    trusts_masks: bool = False
+    protocol: Callable[[Sequence[Item]], Protocol | None] | None = None
 
 
 class ImageFolder(Dataset[Sample]):
@@ -129,8 +184,8 @@ class ImageFolder(Dataset[Sample]):
     ) -> None:
         self.items, self.geometry, self.mask_size = tuple(items), geometry, mask_size or geometry.side
         self.readings, self.max_pixels = tuple(readings), max_pixels
-        self._places: dict[int, Place] = {}
-        self._last: tuple[Path, list[Image.Image]] | None = None
+        self._headers: dict[int, Header] = {}
+        self._last: tuple[Path, list[Image.Image]] | None = None  # what was decoded last
 
     @property
     def input_size(self) -> int:
@@ -169,27 +224,24 @@ class ImageFolder(Dataset[Sample]):
     @cached_property
     def owners(self) -> list[int]:
         """Of each item of `tiled`, the number of its image here."""
-        return [number for number in range(len(self)) for _ in self._boxes(number)]
+        if self.geometry.tile is None:
+            return list(range(len(self)))
+        return [number for number in range(len(self)) for _ in self.boxes(number)]
 
     @cached_property
     def tiled(self) -> ImageFolder:
         """Their tiles, image by image, as a data set of its own; themselves without --tile."""
         if self.geometry.tile is None:
             return self
-        return self.having([replace(self.items[n], box=b) for n in range(len(self)) for b in self._boxes(n)])
+        return self.having([replace(self.items[n], box=b) for n in range(len(self)) for b in self.boxes(n)])
 
-    def _boxes(self, number: int) -> list[Box]:
-        return self.geometry.tiles(self.place(number).size) if self.geometry.tile else [(0, 0, 0, 0)]
+    def boxes(self, number: int) -> list[Box]:
+        """The tiles of an image."""
+        return self.geometry.tiles(self.place(number).size)
 
     def place(self, number: int) -> Place:
         """Where an image lies on its square."""
-        if number not in self._places:
-            path = self.items[number].path
-            width, height = read_header(path, self.max_pixels).size
-            if width != height:  # a tag may turn the image, which decoding tells
-                width, height = read_pixels(path, self.max_pixels).size
-            self._places[number] = self.geometry.place((width, height))
-        return self._places[number]
+        return self.geometry.place(self._header(number).upright)
 
     def marks(self, number: int, target: Size | None = None) -> NDArray[np.bool_]:
         """What the mask of an image marks of all that is seen of it: (h, w), at the image's own or another size."""
@@ -198,9 +250,13 @@ class ImageFolder(Dataset[Sample]):
         rows, columns = place.seen(size)
         if item.mask_path is None:
             return np.zeros((rows.stop - rows.start, columns.stop - columns.start), bool)
-        orientation = read_pixels(item.path, self.max_pixels).orientation
-        marks = follow(read_marks(item.mask_path, self.max_pixels), place.size, orientation)
-        return at_size(marks, size)[rows, columns]
+        marks = read_marks(item.mask_path, self.max_pixels)
+        return at_size(follow(marks, place.size, self._header(number).orientation), size)[rows, columns]
+
+    def _header(self, number: int) -> Header:
+        if number not in self._headers:
+            self._headers[number] = read_header(self.items[number].path, self.max_pixels)
+        return self._headers[number]
 
     def reading(self, item: Item) -> Reading:
         """How an image is read."""

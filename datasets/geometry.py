@@ -51,6 +51,11 @@ class Geometry:
         """Whether there may be places of a square that are none of its image."""
         return self.resize == "pad"
 
+    @property
+    def whole(self) -> bool:
+        """Whether a square shows all of its image, and nothing else."""
+        return self.resize == "squash" and self.center_crop is None
+
     def tiles(self, size: Size) -> list[Box]:
         """The parts of an image (width, height) that are seen one by one, row by row: all of it without --tile."""
         width, height = size

@@ -12,25 +12,32 @@ from torch.utils.data import DataLoader, Sampler
 
 from datasets.folder import ImageFolder, Sample, collate
 from default import UsageError
+from utils.run.distributed import processes, rank
 from utils.run.stop import end_with_parent, quietly_started
 
 
 class EpochSampler(Sampler[int]):
     """A permutation that depends on `seed` and the epoch set by `set_epoch`, not on what was drawn before; without its
-    first `skipped` numbers."""
+    first `skipped` numbers.
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch, self.skipped = count, seed, 0, 0
+    Of several processes the first one gets the first `size` numbers of each batch, and so on: as many each.
+    """
+
+    def __init__(self, count: int, seed: int, size: int = 1) -> None:
+        self.seed, self.size, self.epoch, self.skipped = seed, size, 0, 0
+        self.count, self.batches = count, count // (size * processes())
 
     def set_epoch(self, epoch: int, skipped: int = 0) -> None:
         self.epoch, self.skipped = epoch, skipped
 
     def __len__(self) -> int:
-        return self.count
+        return self.batches * self.size
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.count, generator=generator)[self.skipped :].tolist()
+        order = torch.randperm(self.count, generator=generator)[: len(self) * processes()]
+        own = order.view(self.batches, processes(), self.size)[:, rank()].flatten()
+        yield from own[self.skipped :].tolist()
 
 
 class Guarded(torch.utils.data.Dataset):
@@ -87,10 +94,9 @@ def resolve_workers(workers: int | None, device_type: str) -> int:
     return 0 if device_type == "cpu" else min(8, os.cpu_count() or 1)
 
 
-def _loader(dataset: ImageFolder, batch_size: int, workers: int, pin_memory: bool, **options: Any) -> ImageLoader:
+def _loader(dataset: ImageFolder, workers: int, pin_memory: bool, **options: Any) -> ImageLoader:
     return ImageLoader(
         Guarded(dataset),
-        batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate_guarded,
         pin_memory=pin_memory,
@@ -105,10 +111,13 @@ def _loader(dataset: ImageFolder, batch_size: int, workers: int, pin_memory: boo
 def train_loader(
     dataset: ImageFolder, *, batch_size: int, workers: int, seed: int, pin_memory: bool = False
 ) -> ImageLoader:
-    """Shuffled batches, the last partial one dropped; of all images where a batch would hold more than there are."""
-    batch_size = min(batch_size, len(dataset))
-    sampler = EpochSampler(len(dataset), seed)
-    return _loader(dataset, batch_size, workers, pin_memory, sampler=sampler, drop_last=True)
+    """Shuffled batches, the last partial one dropped; of all images where a batch would hold more than there are.
+
+    Of several processes each gets its part of every batch.
+    """
+    batch_size = min(batch_size, len(dataset)) // processes()
+    sampler = EpochSampler(len(dataset), seed, batch_size)
+    return _loader(dataset, workers, pin_memory, batch_size=batch_size, sampler=sampler, drop_last=True)
 
 
 def ordered_loader(
@@ -120,4 +129,9 @@ def ordered_loader(
     pin_memory: bool = False,
 ) -> ImageLoader:
     """All images in order, or those of these numbers."""
-    return _loader(dataset, batch_size, workers, pin_memory, sampler=numbers)
+    return _loader(dataset, workers, pin_memory, batch_size=batch_size, sampler=numbers)
+
+
+def grouped_loader(dataset: ImageFolder, groups: Sequence[Sequence[int]], *, workers: int) -> ImageLoader:
+    """The images of these numbers, batch by batch."""
+    return _loader(dataset, workers, False, batch_sampler=groups)

@@ -47,12 +47,29 @@ def at_size(marks: Marks, size: Size) -> Marks:
     return np.asarray(Image.fromarray(marks.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)) > 127
 
 
+def mask_files(path: Path) -> list[Path]:
+    """The files of a mask: itself, or those in it where it is a folder (one file a region, as in MVTec LOCO)."""
+    return sorted(p for p in path.iterdir() if p.suffix.lower() == ".png") if path.is_dir() else [path]
+
+
 def read_marks(path: Path, max_pixels: int = MAX_PIXELS) -> Marks:
-    """What a mask file marks: (H, W) bool, upright by its own tag.
+    """What a mask file, or all masks in a folder, mark: (H, W) bool, upright by its own tag.
 
     Raises:
-        UsageError: the file cannot be read.
+        UsageError: a file cannot be read, or masks of one image have different sizes.
     """
+    files = mask_files(path)
+    marks = read_file(files[0], max_pixels)
+    for other in files[1:]:
+        more = read_file(other, max_pixels)
+        if more.shape != marks.shape:
+            raise UsageError(f"{other}: has another size than {files[0]}, a mask of the same image")
+        marks = marks | more
+    return marks
+
+
+def read_file(path: Path, max_pixels: int = MAX_PIXELS) -> Marks:
+    """What one mask file marks."""
     pixels = read_pixels(path, max_pixels)
     if pixels.values is not None:
         check_finite(path, pixels.values)

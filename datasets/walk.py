@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from datasets.folder import GOOD, DatasetSpec, Item, Scan
+from datasets.masks import mask_files
 from default import UsageError
 
 # Pillow opens them, but they are documents, films, drawings, or stubs that need another program.
@@ -49,6 +50,11 @@ def entries(folder: Path) -> list[Path]:
         return []
     found = [p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in JUNK]
     return sorted(found, key=natural)
+
+
+def is_filled(folder: Path) -> bool:
+    """Whether there is such a folder with something in it."""
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -111,8 +117,29 @@ def find_mask(image: Path, kind: Path, truth: Path, tree: Tree) -> Path:
     raise UsageError(f"{image}: no mask at {truth.joinpath(kind.name, *nested) / (image.stem + '_mask.png')}")
 
 
-def scan_mvtec(folder: Path, class_index: int, good_names: Sequence[str], *, masks_optional: bool = False) -> Scan:
-    """What a class in MVTec layout holds.
+def mask_folder(image: Path, kind: Path, truth: Path, tree: Tree) -> Path:
+    """The folder of an image's masks, one a region: truth/KIND/NAME/000.png, 001.png, ...
+
+    Raises:
+        UsageError: there is none, or it is empty.
+    """
+    place = truth / kind.name / image.stem
+    if not tree.get((kind.name.casefold(), image.stem)):
+        raise UsageError(f"{image}: no masks in {place}")
+    return place
+
+
+def scan_mvtec(
+    folder: Path,
+    class_index: int,
+    good_names: Sequence[str],
+    *,
+    masks_optional: bool = False,
+    test_name: str = "test",
+    truth_name: str = "ground_truth",
+    mask_of: Callable[[Path, Path, Path, Tree], Path] = find_mask,
+) -> Scan:
+    """What a class in MVTec layout holds, or in one with other names of folders and another place of masks.
 
     With `masks_optional` a class may have no ground_truth folder at all (a folder that lacks one mask is an error), no
     test images, and its good images without a train folder around them.
@@ -129,17 +156,20 @@ def scan_mvtec(folder: Path, class_index: int, good_names: Sequence[str], *, mas
         raise UsageError(f"--data-path: {folder} lacks images in train/{good_names[0]}{held}")
     for place in HELD_OUT:
         train += [replace(item, held_out=True) for item in normal_items(folder / place, class_index, good_names)]
-    truth = folder / "ground_truth"
+    truth = folder / truth_name
     tree = mask_tree(truth)
     unmasked = masks_optional and not truth.is_dir()
-    for kind in subfolders(folder / "test"):
+    for kind in subfolders(folder / test_name):
+        if kind == truth:
+            continue
         good = is_good(kind.name, good_names)
         for p in image_files(kind):
-            mask = None if good or unmasked else find_mask(p, kind, truth, tree)
+            mask = None if good or unmasked else mask_of(p, kind, truth, tree)
             test.append(made_item(p, kind, mask, int(not good), class_index))
     if not test and not masks_optional:
         raise UsageError(
-            f"--data-path: {folder} lacks images in test (test/{GOOD} and one folder for each kind of defect)"
+            f"--data-path: {folder} lacks images in {test_name} "
+            f"({test_name}/{GOOD} and one folder for each kind of defect)"
         )
     return Scan(train=train, test=test, ignored=unused(folder, [*train, *test]))
 
@@ -191,7 +221,8 @@ def made_item(path: Path, kind: Path, mask: Path | None, label: int, class_index
 
 def unused(folder: Path, items: Sequence[Item]) -> dict[str, int]:
     """How many files of a class are neither image nor mask of the items: others by suffix, images by their folder."""
-    used = {path for item in items for path in (item.path, item.mask_path)}
+    masks = {path for item in items if item.mask_path for path in mask_files(item.mask_path)}
+    used = masks | {item.path for item in items}
     left = Counter(sort_of(p, folder) for p in walk(folder) if p not in used)
     return dict(sorted(left.items(), key=lambda pair: (-pair[1], pair[0])))
 

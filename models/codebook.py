@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from utils.run.device import exact_products
+from utils.run.distributed import random_rows, summed
 
 DEAD_SHARE = 0.03  # a code whose EMA count is below this share of the mean count is dead
 
@@ -36,14 +37,17 @@ class Codebook(nn.Module):
     Two ways to keep the codes alive. "seeded" (ours): counts start at one, `seed` places the codes in the data by
     k-means, and a code that hardly any input chooses moves to a random input. "released": as in the published code,
     counts start at zero and codes are random, so that after one step an unchosen code has the norm decay/eps times its
-    own (method section 6); kept for reproduction.
+    own (method section 6); kept for reproduction. `fixed` codes stay where `seed` places them.
 
     Shapes: inputs (..., dim); `embed`, `embed_avg` (codes, dim); `cluster_size`, `usage` (codes,).
     """
 
-    def __init__(self, *, codes: int, dim: int, decay: float = 0.99, eps: float = 1e-5, released: bool = False) -> None:
+    def __init__(
+        self, *, codes: int, dim: int, decay: float = 0.99, eps: float = 1e-5, released: bool = False,
+        fixed: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.codes, self.dim, self.decay, self.eps, self.released = codes, dim, decay, eps, released
+        self.codes, self.dim, self.decay, self.eps, self.released, self.fixed = codes, dim, decay, eps, released, fixed
         self.embed: Tensor
         self.cluster_size: Tensor
         self.embed_avg: Tensor
@@ -84,11 +88,13 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, flat: Tensor, indices: Tensor) -> None:
-        """One EMA step towards the mean of the inputs that chose each code."""
+        """One EMA step towards the mean of the inputs that chose each code, in all processes."""
         ones = torch.ones_like(indices, dtype=flat.dtype)
-        counts = torch.zeros_like(self.cluster_size).index_add_(0, indices, ones)
-        sums = torch.zeros_like(self.embed_avg).index_add_(0, indices, flat)
+        counts = summed(torch.zeros_like(self.cluster_size).index_add_(0, indices, ones))
+        sums = summed(torch.zeros_like(self.embed_avg).index_add_(0, indices, flat))
         self.usage += counts
+        if self.fixed:
+            return
         self.cluster_size.lerp_(counts, 1 - self.decay)
         self.embed_avg.lerp_(sums, 1 - self.decay)
         if not self.released:
@@ -101,7 +107,7 @@ class Codebook(nn.Module):
         """Move dead codes to random inputs of the batch, with the mean count, without asking the device."""
         mean = self.cluster_size.mean()
         dead = self.cluster_size < DEAD_SHARE * mean
-        picks = flat[torch.randint(len(flat), (self.codes,), device=flat.device)]
+        picks = random_rows(flat, self.codes)
         self.embed_avg.copy_(torch.where(dead[:, None], picks * mean, self.embed_avg))
         self.cluster_size.copy_(torch.where(dead, mean, self.cluster_size))
 
@@ -143,7 +149,7 @@ class Codebook(nn.Module):
         its count.
         """
         order = self.usage.argsort(descending=True, stable=True)
-        unused = (self.usage == 0).nonzero().flatten()
+        unused = (self.usage == 0).nonzero().flatten() if not self.fixed else order[:0]
         used = order[: self.codes - len(unused)]
         if len(unused) == 0 or len(used) == 0:
             return

@@ -14,6 +14,9 @@ from models.decision import Calibrated, Decision, Verdict, scoring_of
 from models.scorer import ScoreMaps, Scorer, Units, image_scores
 from models.vqflow import VQFlow, VQFlowOutput
 from utils.run.device import autocast
+from utils.run.distributed import interleaved, summed
+
+Row = tuple[float, float, int]  # of a calibration image: score, the map's peak, concept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +62,19 @@ class Detector(nn.Module):
     def calibrate(self, batches: Iterable[Sequence[Tensor]], *, own: bool = True) -> float:
         """Learn from batches of kept features of normal images, unseen ones at best, what opinions are usual.
 
-        Without `own` they are images that the memory holds, which they must not meet in it.
+        Without `own` they are images that the memory holds, which they must not meet in it. Of several processes each
+        passes its share.
 
         Returns their mean negative log-likelihood per dimension, in nats, without the constant 1/2 ln(2 pi).
         """
         units, nll = Units(len(self.scorer.weights)), []
         for kept, output in self._looked_at(batches):
             units.add(self.scorer.raw_opinions(output, self.flow.standardize(kept), own=own))
-            nll.append(output.nll_per_dim)
+            nll.append(output.nll_per_dim.tolist())
+        units.images = int(summed(torch.tensor(units.images)))
+        units.sums, units.squares, units.counts = map(summed, (units.sums, units.squares, units.counts))
         self.scorer.set_units(units)
-        return float(torch.cat(nll).mean())
+        return mean(interleaved(nll))
 
     def decide(self, judgement: Judgement, scores: Tensor) -> Verdict:
         """What follows from image scores (B,) of a batch; there must be a `decision`."""
@@ -90,31 +96,30 @@ class Detector(nn.Module):
         """
         was_training = self.training
         self.eval()
-        scores: list[float] = []
-        peaks: list[float] = []
-        concepts: list[int] = []
+        found: list[list[Row]] = []
         for kept in batches:
             judgement = self.judge(kept, own=own)
-            found = image_scores(getattr(judgement.maps, config.image_score), config.top_k)
+            scores = image_scores(getattr(judgement.maps, config.image_score), config.top_k).tolist()
+            peaks = getattr(judgement.maps, config.shown_score).amax((1, 2)).tolist()
             concept = judgement.output.concept
-            scores += found.tolist()
-            peaks += getattr(judgement.maps, config.shown_score).amax((1, 2)).tolist()
-            concepts += [-1] * len(found) if concept is None else concept.tolist()
+            concepts = [-1] * len(scores) if concept is None else concept.tolist()
+            found.append(list(zip(scores, peaks, concepts, strict=True)))
         self.train(was_training)
-        owners = range(len(scores)) if images is None else images
-        rows = [max(group, key=scores.__getitem__) for group in groups_of(owners)]
-        highest = [max(peaks[row] for row in group) for group in groups_of(owners)]
+        rows = interleaved(found)
+        if images is not None:
+            rows = [worst([rows[n] for n in group]) for group in groups_of(images)]
         calibrated = Calibrated(
-            scores=tuple(scores[row] for row in rows), peaks=tuple(highest),
-            concepts=tuple(concepts[row] for row in rows), unseen=unseen,
+            scores=tuple(s for s, _, _ in rows), peaks=tuple(p for _, p, _ in rows),
+            concepts=tuple(c for _, _, c in rows), unseen=unseen,
             scoring=scoring_of(config, self.size),
         )  # fmt: skip
-        self.decision = Decision(calibrated, config.false_alarm_rate).to(self.scorer.mean.device) if scores else None
+        self.decision = Decision(calibrated, config.false_alarm_rate).to(self.scorer.mean.device) if rows else None
 
     @torch.no_grad()
     def nll_per_dim(self, batches: Iterable[Sequence[Tensor]]) -> float:
         """Mean negative log-likelihood per dimension of images, as `calibrate` returns it: in eval mode, no noise."""
-        return float(torch.cat([output.nll_per_dim for _, output in self._looked_at(batches)]).mean())
+        nll = [output.nll_per_dim.tolist() for _, output in self._looked_at(batches)]
+        return mean(interleaved(nll))
 
     def _looked_at(self, batches: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Sequence[Tensor], VQFlowOutput]]:
         """Each batch with the flow's output in eval mode; afterwards the mode is as it was."""
@@ -127,9 +132,20 @@ class Detector(nn.Module):
         self.train(was_training)
 
 
+def worst(rows: Sequence[Row]) -> Row:
+    """Of an image's tiles: score and concept of that with the highest score, and the highest peak of all."""
+    score, _, concept = max(rows, key=lambda row: row[0])
+    return score, max(peak for _, peak, _ in rows), concept
+
+
 def groups_of(owners: Sequence[int]) -> list[list[int]]:
     """The rows that belong to each image, by the images that rows belong to."""
     rows: dict[int, list[int]] = {}
     for row, owner in enumerate(owners):
         rows.setdefault(owner, []).append(row)
     return list(rows.values())
+
+
+def mean(values: Sequence[float]) -> float:
+    """In double precision."""
+    return float(torch.tensor(values, dtype=torch.float64).mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,24 +13,35 @@ from torch.utils.checkpoint import checkpoint
 
 from models.condition import Condition
 from models.conditioned import ConditionedConv2d
+from models.products import product_dtype
 from utils.run.device import full_precision
+
+# Of compiled code: levels, in training (the first block's input has no gradient) and not, one image and several, maps
+# of one place and larger ones, with autocast and without.
+VARIANTS = 3 * 3 * 2 * 2 * 2
 
 
 class ChannelNorm(nn.LayerNorm):
     """Layer normalisation over the channels of (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with full_precision(x.device):
-            y = F.layer_norm(
-                x.permute(0, 2, 3, 1).to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps
-            )
-        return y.permute(0, 3, 1, 2)
+        return normalize(x, self.weight, self.bias, self.eps)
+
+
+def normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer normalisation over the channels of (B, C, H, W), in the type of `x`: what backward keeps is no larger.
+
+    Mean and deviation are computed in single precision at least.
+    """
+    if x.device.type != "cpu":  # kernels there want one type, and compute in float32 all the same
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    with full_precision(x.device):
+        return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
 
 
 def activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer normalisation over the channels of (B, C, H, W), then ReLU, in the precision of `weight`."""
-    y = F.layer_norm(x.permute(0, 2, 3, 1).to(weight.dtype), weight.shape, weight, bias, eps)
-    return F.relu(y, inplace=True).permute(0, 3, 1, 2)
+    """Layer normalisation over the channels of (B, C, H, W), then ReLU, in the type of `x`."""
+    return F.relu(normalize(x, weight, bias, eps), inplace=True)
 
 
 def coefficients(raw: Tensor, dtype: torch.dtype, clamp: float) -> tuple[Tensor, Tensor]:
@@ -52,6 +64,20 @@ def couple(x: Tensor, raw: Tensor, split: int, clamp: float, scale: Tensor, offs
     log_scale, shift = coefficients(raw, x.dtype, clamp)
     y = torch.cat([x[:, :split], x[:, split:] * log_scale.exp() + shift], 1)
     return y * scale + offset, log_scale.sum(1)
+
+
+def compiled(function: Callable, backend: str | Callable) -> Callable:
+    """`function` for any number of images and places; each size of channels has code of its own.
+
+    PyTorch would give up, and compute as if nothing were compiled, after eight variants. There are `VARIANTS`. It would
+    also take eight images of maps of eight rows for a square that must stay one.
+    """
+    import torch._dynamo as compiler  # takes a second
+    from torch.fx.experimental import _config as shapes
+
+    shapes.use_duck_shape = False  # type: ignore[attr-defined]
+    compiler.config.recompile_limit = max(compiler.config.recompile_limit, VARIANTS)
+    return torch.compile(function, dynamic=True, backend=backend)
 
 
 class Permutation(torch.autograd.Function):
@@ -83,7 +109,8 @@ class Subnet(nn.Module):
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """`x` (B, n - C, H, W) and a condition of C channels -> (B, out, H, W)."""
-        return self.conv2(self.activate(self.conv1(x, condition), self.ln.weight, self.ln.bias, self.ln.eps))
+        hidden = self.conv1(x, condition).to(product_dtype(self.conv1.weight))  # between convolutions no larger
+        return self.conv2(self.activate(hidden, self.ln.weight, self.ln.bias, self.ln.eps))
 
 
 class CouplingBlock(AllInOneBlock):
@@ -101,10 +128,10 @@ class CouplingBlock(AllInOneBlock):
         )  # fmt: skip
         self.couple = couple
 
-    def compile_parts(self) -> None:
-        """Compile what is neither a convolution nor a look-up; all blocks share the compiled code."""
-        self.couple = torch.compile(couple)
-        self.subnet.activate = torch.compile(activate)
+    def compile_parts(self, backend: str | Callable = "inductor") -> None:
+        """Compile what is neither a convolution nor a look-up; all blocks of one size share the compiled code."""
+        self.couple = compiled(couple, backend)
+        self.subnet.activate = compiled(activate, backend)
 
     def forward(self, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(B, c, H, W) -> the same shape, and the log-determinant per position (B, H, W)."""

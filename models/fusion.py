@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from models.condition import Condition
 from models.conditioned import ConditionedConv2d
 from models.flow import ChannelNorm
+from models.products import product_dtype
 
 BOUND = 1e6  # outputs are clamped to +-BOUND, as in the released code
 
@@ -38,12 +39,25 @@ class CrossNet(nn.Module):
 
     def forward(self, levels: Levels, condition: Condition) -> tuple[Levels, Levels]:
         """Levels (B, c_l, H_l, W_l) -> raw log-scales and shifts, each (B, o_l, H_l, W_l)."""
-        pooled = torch.cat([F.adaptive_avg_pool2d(x, condition.size) for x in levels], 1)
-        cross = F.relu(self.conv2(F.relu(self.norm(self.conv1(pooled, condition))))).split(self.channels, 1)
-        mixed = [x + resize(part, x).to(x.dtype) for x, part in zip(levels, cross, strict=True)]
-        log_scales = tuple(conv(x).to(x.dtype) for conv, x in zip(self.conv_s, mixed, strict=True))
-        shifts = tuple(conv(x).to(x.dtype) for conv, x in zip(self.conv_t, mixed, strict=True))
+        pooled = torch.cat([averaged(x, condition.size) for x in levels], 1)
+        dtype = product_dtype(self.conv1.weight)  # convolutions keep what they are given: once, and no larger
+        hidden = F.relu(self.norm(self.conv1(pooled, condition).to(dtype)))
+        cross = F.relu(self.conv2(hidden)).split(self.channels, 1)
+        mixed = [(x + resize(part, x).to(x.dtype)).to(dtype) for x, part in zip(levels, cross, strict=True)]
+        log_scales = tuple(conv(m).to(x.dtype) for conv, m, x in zip(self.conv_s, mixed, levels, strict=True))
+        shifts = tuple(conv(m).to(x.dtype) for conv, m, x in zip(self.conv_t, mixed, levels, strict=True))
         return log_scales, shifts
+
+
+def averaged(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, c, H, W) -> the means of equal parts of it, (B, c, *size).
+
+    On CUDA the plain pooling adds gradients in the same order each time, the adaptive one does not.
+    """
+    parts = x.shape[2] // size[0], x.shape[3] // size[1]
+    even = (parts[0] * size[0], parts[1] * size[1]) == x.shape[2:]
+    ordered = even and torch.are_deterministic_algorithms_enabled()
+    return F.avg_pool2d(x, parts) if ordered else F.adaptive_avg_pool2d(x, size)
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:

@@ -44,9 +44,11 @@ class Quantization:
     patterns: int
     released: bool = False
 
-    def concept_codebook(self, dim: int) -> Codebook | None:
+    def concept_codebook(self, dim: int, *, fixed: bool = False) -> Codebook | None:
         """The CPC for concepts of size `dim`, if there is one."""
-        return None if self.kind == "none" else Codebook(codes=self.concepts, dim=dim, released=self.released)
+        if self.kind == "none":
+            return None
+        return Codebook(codes=self.concepts, dim=dim, released=self.released, fixed=fixed)
 
     def pattern_codebooks(self, dim: int) -> list[Codebook]:
         """The CSPCs of the levels and of the top for patterns of size `dim`; none without patterns."""
@@ -87,6 +89,26 @@ def position_encoding(
     return torch.cat([column, row]).to(device, dtype)
 
 
+class PrincipalComponents(nn.Module):
+    """Projection (B, c) -> (B, D) to the first principal components of what it was fitted to; zeros beyond c."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.components: Tensor
+        self.register_buffer("components", torch.eye(channels, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.components.dtype) @ self.components
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Take the principal directions of x (N, c), the strongest first."""
+        centred = (x - x.mean(0)).double().cpu()
+        directions = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
+        count = min(self.components.shape)
+        self.components.zero_()[:, :count] = directions[:, :count].to(self.components)
+
+
 class Hierarchy(nn.Module):
     """Features of four levels -> the conditions of the flows.
 
@@ -97,21 +119,23 @@ class Hierarchy(nn.Module):
         quantization: what is quantized, and by which codebooks.
         sizes: channels to which each level's condition is projected, None for no projection.
         direct: hand conditions out as dense maps, the reference for their convolution by parts.
+        pooled: a concept is told by the principal components of the top level's mean, found by `seed` and then fixed,
+            instead of a trained network: it stays what it was when the codes were placed.
     """
 
     def __init__(
         self, *, channels: Sequence[int], dim: int, positions: int, quantization: Quantization,
-        sizes: Sequence[int] | None = None, direct: bool = False,
+        sizes: Sequence[int] | None = None, direct: bool = False, pooled: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.positions, self.quantize, self.direct = positions, quantization.kind, direct
         wide = dim + positions if self.quantize == "residual" else dim
         top = channels[-1]
-        self.semantic_mlp = mlp(0, top, dim, dim)
+        self.semantic_mlp = PrincipalComponents(top, dim) if pooled else mlp(0, top, dim, dim)
         self.semantic_encoder = mlp(2, top, wide)
         self.upsamplers = nn.ModuleList(nn.Conv2d(wide, wide, 1) for _ in range(LEVELS))
         self.feature_mlps = nn.ModuleList(mlp(2, c, wide, wide) for c in channels)
-        self.cpc = quantization.concept_codebook(dim)
+        self.cpc = quantization.concept_codebook(dim, fixed=pooled)
         self.cspc = nn.ModuleList(quantization.pattern_codebooks(dim + positions))
         full = dim + positions + dim
         self.projections = nn.ModuleList(nn.Conv2d(full, size, 1) for size in (*sizes, sizes[-1])) if sizes else None
@@ -120,6 +144,10 @@ class Hierarchy(nn.Module):
     def semantics(self, top: Tensor) -> Tensor:
         """s (B, D): what the whole image is."""
         return self.semantic_mlp(top.mean((2, 3)))
+
+    def concept_index(self, top: Tensor) -> Tensor | None:
+        """The concept's index (B,) of images by their top level, None without codebooks."""
+        return self.cpc.nearest(self.semantics(top).float()) if self.cpc is not None else None
 
     def embeddings(self, features: Sequence[Tensor]) -> list[Tensor]:
         """g_l (B, D', H_l, W_l) of the three levels and the top."""
@@ -205,6 +233,8 @@ class Hierarchy(nn.Module):
     @torch.no_grad()
     def seed(self, batches: Sequence[Sequence[Tensor]], *, samples: int = 16384) -> None:
         """Place all codes in the embeddings of `batches` (each: the four feature levels), concepts first."""
+        if isinstance(self.semantic_mlp, PrincipalComponents):
+            self.semantic_mlp.fit(torch.cat([f[-1].mean((2, 3)) for f in batches]))
         if self.cpc is None:
             return
         semantics = [self.semantics(f[-1]) for f in batches]

@@ -1,9 +1,9 @@
-"""How good an image is: score maps and image scores from what the flow and the memory say (paper, section 3.5).
+"""How good an image is: score maps and image scores from what flow, context and memory say (paper, section 3.5).
 
 `mul` and `add` are the published scores (MSFlow, arXiv 2308.15300, section 3.4), relative to each image's own best
 place. `likelihood` is absolute: images can be compared by it. `surprise` is absolute too, and made of opinions (the
-flow's levels and the memory's views) in units of what unseen normal images have. `contrast` is `surprise` less a part
-of the image's own level: normal images differ in level, a defect stands out of its image.
+flow's levels, the context's, the memory's views) in units of what unseen normal images have. `contrast` is `surprise`
+less a part of the image's own level: normal images differ in level, a defect stands out of its image.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.context import Context
 from models.memory import Memory, View
 from models.vqflow import VQFlowOutput
 
@@ -30,6 +31,7 @@ class ScoreRule:
         views: what the memory looks at, and how much each view counts.
         nearest: images that are searched for each image.
         flow_weight: how much each of the flow's levels counts.
+        context_weights: the same for the context's four levels.
         level_share: share of an image's highest pixels whose mean is its level.
         level_weight: what `contrast` takes off of the level.
         level_limit: deviations; normal images are seldom above (EXPERIMENTS.md), and what is above is a defect's.
@@ -41,7 +43,8 @@ class ScoreRule:
         View(levels=(2, 3), places=128, weight=1.0),
     )
     nearest: int = 48
-    flow_weight: float = 1.0
+    flow_weight: float = 0.5
+    context_weights: tuple[float, ...] = (0.7, 0.7, 0.7, 0.35)
     level_share: float = 0.01
     level_weight: float = 0.3
     level_limit: float = 2.5
@@ -58,7 +61,8 @@ class ScoreRule:
             KeyError, TypeError: not what `plain` gives.
         """
         views = tuple(View(**view | {"levels": tuple(view["levels"])}) for view in plain["views"])
-        return cls(**dict(plain) | {"views": views})
+        weights = tuple(plain.get("context_weights", ()))  # older checkpoints have none
+        return cls(**dict(plain) | {"views": views, "context_weights": weights})
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -147,20 +151,27 @@ class ScoreMaps:
 class Scorer(nn.Module):
     """Turns what the flow says into score maps; stands beside the flow in the checkpoint.
 
-    It holds the memory, the units of each opinion (`mean`, `std`: what calibration images have, over all their places)
-    and the number of images that they come from (`calibrated`, 0: none yet).
+    It holds context and memory, the units of each opinion (`mean`, `std`: what calibration images have, over all their
+    places) and the number of images that they come from (`calibrated`, 0: none yet).
 
     Args:
         channels: channels of the four feature levels; the flow has the first three.
         memory: with a memory of normal features, which `first_look` fills.
+        context: distance of the surroundings that places are judged by (see `Context`), 0: they are not.
+        concepts: the context has Gaussians for each of them.
         rule: the constants.
     """
 
-    def __init__(self, *, channels: Sequence[int], memory: bool, rule: ScoreRule | None = None) -> None:
+    def __init__(
+        self, *, channels: Sequence[int], memory: bool, context: int = 0, concepts: int = 1,
+        rule: ScoreRule | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.rule = rule or ScoreRule()
+        self.context = Context(channels=channels, concepts=concepts, dilation=context) if context else None
         self.memory = Memory(channels=channels, views=self.rule.views, nearest=self.rule.nearest) if memory else None
         weights = [self.rule.flow_weight] * (len(channels) - 1)
+        weights += self.rule.context_weights if context else []
         weights += [view.weight for view in self.rule.views] if memory else []
         self.weights = [weight / sum(weights) for weight in weights]
         self.mean: Tensor
@@ -171,13 +182,15 @@ class Scorer(nn.Module):
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.int64))
 
     def raw_opinions(self, output: VQFlowOutput, features: Sequence[Tensor], *, own: bool = True) -> list[Tensor]:
-        """1/2 mean over channels of z_l^2 for each level and the memory's distances: maps (B, h, w).
+        """1/2 mean over channels of z_l^2 for each of the flow's levels, the context's energies, the memory's
+        distances: maps (B, h, w).
 
         Args:
-            features: standardized levels as the memory wants them, not looked at without one.
+            features: standardized levels, not pooled; not looked at without context and memory.
             own: see `Memory.forward`.
         """
         found = [0.5 * z.float().square().mean(1) for z in output.latents]
+        found += self.context(features, output.concept) if self.context is not None else []
         return found + (self.memory(features, own=own) if self.memory is not None else [])
 
     def opinions(self, output: VQFlowOutput, features: Sequence[Tensor], *, own: bool = True) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from models.flow import LevelFlow
 from models.fusion import FusionFlow
 from models.hierarchy import LEVELS, Hierarchy, Quantization
 from models.prior import MixedGaussian
+from utils.run.distributed import normal_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class VQFlow(nn.Module):
     """The trained part of the detector; the frozen extractor and the scorer stand beside it.
 
     Features come in three states: as the extractor gives them; *kept*, as a cache holds them (`keep`: pooled, unless a
-    memory wants all places); and *pooled* for the flows (`pool`).
+    memory or a context wants all places); and *pooled* for the flows (`pool`).
 
     Args:
         config: its own part of the configuration.
@@ -78,7 +79,7 @@ class VQFlow(nn.Module):
         self.config, self.channels, self.strides = config, tuple(channels), tuple(strides)
         self.hierarchy = Hierarchy(
             channels=channels, dim=config.dim_cpc, positions=config.positions, quantization=quantization_of(config),
-            sizes=config.condition_sizes, direct=config.conditioning == "direct",
+            sizes=config.condition_sizes, direct=config.conditioning == "direct", pooled=config.semantics == "pooled",
         )  # fmt: skip
         sizes = self.hierarchy.condition_channels
         self.level_flows = nn.ModuleList(
@@ -96,11 +97,11 @@ class VQFlow(nn.Module):
             self.register_buffer(f"mean_{level}", torch.zeros(c))
             self.register_buffer(f"std_{level}", torch.ones(c))
 
-    def compile_flows(self) -> None:
+    def compile_flows(self, backend: str | Callable = "inductor") -> None:
         """Compile the parts of the flows that gain by it (`torch.compile`); parameters and checkpoints stay."""
         for flow in self.level_flows:
             for block in flow.blocks:  # type: ignore[union-attr]
-                block.compile_parts()  # type: ignore[operator]
+                block.compile_parts(backend)  # type: ignore[operator]
 
     def keep(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The four levels as the extractor gave them, as a cache keeps them (`ModelConfig.kept_pool`)."""
@@ -109,7 +110,7 @@ class VQFlow(nn.Module):
     def pool(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """Kept levels, pooled where that was left to the flows, in single precision at least."""
         levels = [h.float() if h.dtype == torch.float16 else h for h in kept]
-        return pool_features(levels, self.strides, self.config.pool_type) if self.config.memory else levels
+        return pool_features(levels, self.strides, self.config.pool_type) if self.config.all_places else levels
 
     def statistics(self) -> tuple[list[Tensor], list[Tensor]]:
         """Each level's channel means and standard deviations (c_l,), as `set_statistics` stored them."""
@@ -125,7 +126,7 @@ class VQFlow(nn.Module):
         """Kept levels -> `VQFlowOutput`; `noise` is the deviation of Gaussian noise added to standardized features."""
         features = self.standardize(self.pool(kept))
         if noise:
-            features = [h + noise * torch.randn_like(h) for h in features]
+            features = [h + noise * normal_like(h) for h in features]
         conditions = self.hierarchy(features)
         latents, local = [], []
         for level, flow in enumerate(self.level_flows):

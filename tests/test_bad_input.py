@@ -21,7 +21,7 @@ def fails(capsys: pytest.CaptureFixture, *argv: str) -> str:
 
 
 MISTAKES = {
-    "data set": (["--dataset", "mvtek"], "--dataset: expected one of mvtec, visa, folder, sample, but got 'mvtek'"),
+    "data set": (["--dataset", "mvtek"], "--dataset: expected one of mvtec, visa, folder, sample, "),
     "preset": (["--preset", "fast"], "--preset: expected one of paper-mvtec"),
     "flag": (["--colour"], "--colour: no such flag"),
     "number": (["--lr", "high"], "--lr: invalid float value: 'high'"),

@@ -1,12 +1,13 @@
 """The benchmarks: what they compare and count, and the ablation on a tiny tree."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import ablation
+from benchmarks import ablation, gpu
 from benchmarks.forms import Bench, Form, ends, for_inference, ladder
 from benchmarks.throughput import check_agreement
 from fake_data import TINY, make_mvtec
@@ -68,3 +69,44 @@ def test_ablation_trains_reads_and_uses_runs_again(
         table("--lr", "0.01")
     assert left.value.code == 2
     assert "was made with lr" in capsys.readouterr().err
+
+
+def test_what_a_gpu_is_to_show_is_tried_out_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, tables = tmp_path / "new" / "GPU.json", tmp_path / "B.md"
+    tables.write_text(f"before\n{gpu.BEGIN}\nold\n{gpu.END}\nafter\n", encoding="utf-8")
+    words = ["--small", "--device", "cpu", "--out", str(out), "--tables", str(tables)]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
+    with pytest.raises(SystemExit) as left:
+        gpu.main()
+    assert left.value.code == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert list(found["sections"]) == list(gpu.SECTIONS) and found["left_out"] == []
+    assert {row["what"]: row["difference"] for row in found["sections"]["Difference from the CPU"]} == dict.fromkeys(
+        ("loss", "log-determinant", "gradient"), 0.0
+    )
+    assert [row["batch"] for row in found["sections"]["Inference by batch"]] == [1, 2]
+    kernels = found["sections"]["Largest kernels"]
+    assert len(kernels) == 5 and 0 < kernels[4]["ms"] <= kernels[0]["ms"]
+    text = tables.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "### Training" in text and "| released way |" in text
+    assert gpu.BEGIN in (gpu.ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu"])
+    with pytest.raises(SystemExit) as left:
+        gpu.main()
+    assert left.value.code == 2
+    assert "there is no GPU here" in capsys.readouterr().err
+
+
+def test_sections_that_fail_or_have_no_time_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_: gpu.Session) -> gpu.Rows:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr(gpu, "SECTIONS", {"A": failing, "B": lambda _: [{"x": 1.5, "y": float("nan")}]})
+    found, left_out = gpu.measured(object())  # type: ignore[arg-type]
+    assert found["A"] == [{"failed": "CUDA out of memory."}] and left_out == []
+    assert gpu.tables(found, ["C"]).endswith("| 1.5 |  |\n\nLeft out for want of time: C.")
+    monkeypatch.setattr(gpu, "LIMIT", -1.0)
+    assert gpu.measured(object()) == ({}, ["A", "B"])  # type: ignore[arg-type]

@@ -12,13 +12,13 @@ import torch
 from test_cache import CPU, dataset, store
 
 from datasets.cache import (
-    LOCK,
     FeatureSize,
     NoRoom,
     allocate,
     check_space,
     disk_store,
     free_space,
+    lock_of,
     open_store,
     sweep,
 )
@@ -100,15 +100,18 @@ def test_room_is_kept_for_checkpoints(tmp_path: Path) -> None:
     size, free = FeatureSize(count=1, shapes=((2, 2, 2),), mask=8), int(free_space("disk", tmp_path, CPU))
     assert check_space(size, "disk", tmp_path, CPU, keep=free // 2) is None
     assert "GB are free and" in str(check_space(size, "disk", tmp_path, CPU, keep=2 * free))
-    assert check_space(size, "ram", tmp_path, CPU, keep=1 << 60) is None, "checkpoints do not lie there"
+    assert "are kept for training" in str(check_space(size, "device", tmp_path, CPU, keep=1 << 60))
     config = parse([*TINY, *METHOD, "--dataset", "mvtec", "--work-dir", str(tmp_path)])[0]
     stage = Stage(config)
     flow = stage.build_flow()
     assert stage.room() == 12 * sum(v.numel() * v.element_size() for v in flow.state_dict().values()) > 1e5
+    weights = sum(p.numel() * p.element_size() for p in flow.parameters())
+    assert stage.room("device") > 5 * weights and stage.room("ram") == 0
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
     stage.room()
+    stage.room("device")
     assert torch.equal(torch.rand(2), expected), "it draws nothing"
 
 
@@ -125,7 +128,7 @@ def test_other_users_may_read_a_cache(tmp_path: Path) -> None:
 
 
 def hold_part(folder: str, ready: Any, done: Any) -> None:
-    with seized(Path(folder) / LOCK):
+    with seized(lock_of(Path(folder))):
         ready.set()
         done.wait(60)
 
@@ -141,12 +144,12 @@ def test_parts_go_at_once_where_their_writer_is_dead(tmp_path: Path) -> None:
     alive.start()
     dead.start()
     ready.wait(60)
-    while not (parts[1] / LOCK).is_file():
+    while not lock_of(parts[1]).is_file():
         time.sleep(0.01)
     dead.kill()
     dead.join()
     sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alive.part", "unknown.part"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alive.part", "alive.part.lock", "unknown.part"]
     done.set()
     alive.join()
 

@@ -24,18 +24,19 @@ PAPER_LINES = (PAPER, PAPER.replace("mvtec", "visa"), PAPER.replace("train", "te
 SURFACE = """
 --accumulate --amp-enable --background --batch-size --bit-depth --bootstrap --c-conds --c-pos-conds --cache
 --center-crop --checkpoint-activations --clamp --class-names --clear --clip-norm --codebooks --compare --compile
---concat-pos --conditioning --data-path --dataset --device --dim-cpc --dry-run --engine --eval-ckpt --eval-interval
---eval-size --eval_ckpt --extractor --fail-on --false-alarm-rate --float-range --fpr-limit --good-names --help
---holdout --image-score --input-size --k-cpc --k-cspc --limit --loc-eval --lr --max-dropped --max-pixels --memory
---meta-epochs --mixed-gaussian --mode --multi-class --name --no-amp-enable --no-checkpoint-activations --no-compare
---no-compile --no-concat-pos --no-loc-eval --no-mixed-gaussian --no-multi-class --no-offline --no-overlays
---no-pattern-quantize --no-pre-extract --no-pretrained --no-pro-eval --no-quantize-enable --no-reassign-quantize
---no-report --no-resume --no-save-masks --no-standardize --no-tensorboard --no-trust-masks --no-wandb-enable --noise
---objective --offline --output --overlap --overlays --parallel-blocks --pattern-quantize --pictures --pixel-score
---pool-type --pre-extract --precision --preset --pretrained --pro-eval --pro-eval-interval --pro-score --profile
---quantize-enable --quantize-type --quantize-weight --reassign-quantize --report --resize --resume --save-every
---save-maps --save-masks --schedule --seed --seeds --standardize --sub-epochs --tensorboard --tile --top-k
---trust-masks --version --wandb-enable --warmup --watch --weight-decay --weights --work-dir --workers -h
+--concat-pos --conditioning --context --data-path --dataset --deterministic --device --dim-cpc --dry-run --engine
+--eval-ckpt --eval-interval --eval-size --eval_ckpt --extractor --fail-on --false-alarm-rate --float-range --fpr-limit
+--good-names --help --holdout --image-score --input-size --json --k-cpc --k-cspc --limit --loc-eval --lr --max-dropped
+--max-pixels --memory --meta-epochs --mixed-gaussian --mode --multi-class --name --no-amp-enable
+--no-checkpoint-activations --no-compare --no-compile --no-concat-pos --no-deterministic --no-json --no-loc-eval
+--no-mixed-gaussian --no-multi-class --no-offline --no-overlays --no-pattern-quantize --no-pre-extract --no-pretrained
+--no-pro-eval --no-quantize-enable --no-reassign-quantize --no-report --no-resume --no-save-masks --no-standardize
+--no-tensorboard --no-trust-masks --no-wandb-enable --noise --objective --offline --output --overlap --overlays
+--parallel-blocks --pattern-quantize --pictures --pixel-score --pool-type --pre-extract --precision --preset
+--pretrained --pro-eval --pro-eval-interval --pro-score --profile --quantize-enable --quantize-type --quantize-weight
+--reassign-quantize --report --resize --resume --save-every --save-maps --save-masks --schedule --seed --seeds
+--semantics --standardize --sub-epochs --tensorboard --tile --top-k --trust-masks --version --wandb-enable --warmup
+--watch --weight-decay --weights --work-dir --workers -h
 """
 
 RELEASED = {
@@ -71,11 +72,11 @@ OTHER: dict[str, tuple[str, Any]] = {
     "pro_eval": ("", True), "pro_eval_interval": ("7", 7), "image_score": ("add", "add"), "pixel_score": ("mul", "mul"),
     "pro_score": ("likelihood", "likelihood"), "top_k": ("0.5", 0.5), "fpr_limit": ("0.1", 0.1), "pictures": ("0", 0),
     "mode": ("test --eval_ckpt a.pt", "test"), "work_dir": ("runs", "runs"), "device": ("cpu", "cpu"), "seed": ("7", 7),
-    "clear": ("0 --mode cache", 0), "offline": ("", True),
+    "clear": ("0 --mode cache", 0), "offline": ("", True), "deterministic": ("", True),
     "bit_depth": ("12", 12), "float_range": ("-1 2.5", [-1.0, 2.5]), "background": ("black", "black"),
     "false_alarm_rate": ("0.05", 0.05),
     "max_pixels": ("9", 9), "good_names": ("gut fein", ["gut", "fein"]), "trust_masks": ("", True),
-    "holdout": ("0.1", 0.1), "memory": ("100", 100),
+    "holdout": ("0.1", 0.1), "memory": ("100", 100), "semantics": ("pooled", "pooled"), "context": ("3", 3),
     "cache": ("ram", "ram"), "accumulate": ("2", 2), "compile": ("", True), "checkpoint_activations": ("", True),
     "profile": ("3", 3), "seeds": ("1 2", [1, 2]), "name": ("mine", "mine"), "paths": ("a b --mode table", ["a", "b"]),
     "output": ("o --mode predict --eval_ckpt a.pt", "o"), "overlays": ("no", False),
@@ -86,6 +87,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "fail_on": ("defect --mode predict --eval_ckpt a.pt", "defect"),
     "precision": ("float16 int8 --mode export --eval_ckpt a.pt", ["float16", "int8"]),
     "eval_size": ("native", "native"), "bootstrap": ("50", 50), "compare": ("", True), "report": ("no", False),
+    "json": ("--mode inspect", True),
 }  # fmt: skip
 
 

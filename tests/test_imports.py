@@ -1,7 +1,7 @@
 """Imports go one way.
 
-default <- utils <- datasets, models <- stage, steps <- resume, supply, show <- test, trainer, export <- engine
-<- detector <- train, predict <- main.
+default <- utils <- datasets, models <- judging, stage, steps <- resume, supply, show <- test, trainer, export <- engine
+<- detector <- train, predict, submit <- main; datasets <- inspect_data <- main.
 """
 
 import ast
@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "resume": {"default", "utils", "datasets", "models", "stage"},
     "supply": {"default", "utils", "datasets", "models", "stage"},
     "show": {"default", "utils", "datasets", "models", "stage"},
-    "test": {"default", "utils", "datasets", "models", "stage", "show"},
+    "judging": {"default", "utils", "datasets", "models"},
+    "test": {"default", "utils", "datasets", "models", "stage", "show", "judging"},
     "trainer": {"default", "utils", "datasets", "models", "stage", "steps", "resume", "supply"},
     "train": {"default", "utils", "datasets", "models", "stage", "resume", "supply", "show", "test", "trainer"},
     "export": {"default", "utils", "datasets", "models", "stage"},
@@ -28,7 +29,22 @@ MAY_IMPORT = {
     "prediction": {"default", "engine"},
     "detector": {"default", "utils", "datasets", "models", "stage", "engine", "prediction"},
     "predict": {"default", "utils", "datasets", "models", "stage", "detector", "prediction"},
-    "main": {"default", "utils", "datasets", "models", "stage", "show", "test", "train", "export", "predict"},
+    "inspect_data": {"default", "utils", "datasets"},
+    "submit": {"default", "utils", "datasets", "models", "stage", "detector"},
+    "main": {
+        "default",
+        "utils",
+        "datasets",
+        "models",
+        "stage",
+        "show",
+        "test",
+        "train",
+        "export",
+        "predict",
+        "inspect_data",
+        "submit",
+    },
 }
 FILES = sorted(
     p

@@ -153,7 +153,7 @@ def detector(memory: int = 4, **options: object) -> Detector:
 
 def trained(**options: object) -> Detector:
     found = detector(**options)
-    first_look(found, parts(levels(IMAGES, 0), 3), images=IMAGES, batch_size=3)
+    first_look(found, lambda: parts(levels(IMAGES, 0), 3), images=IMAGES, batch_size=3)
     return found.eval()
 
 
@@ -206,7 +206,7 @@ def test_calibrated_opinions_have_mean_zero_and_their_weight_as_deviation() -> N
     judgement = found.judge(unseen)
     assert nll == pytest.approx(float(judgement.output.nll.mean()) / judgement.output.dims, rel=1e-5)
     assert found.nll_per_dim([unseen]) == pytest.approx(nll, rel=1e-5)
-    weights = [1.0, 1.0, 1.0] + [view.weight for view in VIEWS]
+    weights = [ScoreRule().flow_weight] * 3 + [view.weight for view in VIEWS]
     opinions = judgement.maps.opinions()
     for own, weight in zip(opinions, weights, strict=True):
         assert abs(float(own.mean())) < 1e-3

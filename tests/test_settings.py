@@ -39,7 +39,10 @@ FREE_IN_TEST = {
     "batch_size", "amp_enable", "image_score", "pixel_score", "pro_score", "top_k", "eval_size", "weights", "seed",
     "false_alarm_rate",
 }  # fmt: skip
-FREE_IN_RESUME = {"data_path", "workers", "cache", "device", "meta_epochs", "compile", "pictures", "report", "weights"}
+FREE_IN_RESUME = {
+    "data_path", "workers", "cache", "device", "meta_epochs", "compile", "deterministic", "pictures", "report",
+    "weights",
+}  # fmt: skip
 
 
 def other(name: str) -> Any:
@@ -137,7 +140,7 @@ def test_of_a_preset_a_checkpoint_heeds_only_what_it_does_not_fix() -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("paths", "mode", "eval_ckpt")])
 def test_a_resumed_run_keeps_what_its_results_are_made_of(name: str, tmp_path: Path) -> None:
-    saved = SAVED | {"work_dir": str(tmp_path)}
+    saved = SAVED | {"work_dir": str(tmp_path)} | ({"semantics": "pooled"} if name == "context" else {})
     folder = new_run(make_config(**saved))
     if name == "work_dir":
         assert resumed_run(make_config(**saved)) == folder

@@ -64,12 +64,12 @@ def test_a_table_is_written_and_shown_whatever_the_terminal_can_show(
     assert (done.returncode, done.stderr) == (0, b"")
     shown = done.stdout.decode("ascii" if encoding == "C" else encoding)
     assert "50.0 ± 50.0" in shown or "50.0 \\xb1 50.0" in shown
-    assert "\\udcff\\udcfe" in shown
+    assert "\\xff\\xfe" in shown
     assert "片" in shown or "\\u7247" in shown or encoding == "C", "there they are bytes, too"
     for suffix in ("csv", "md", "tex"):
         text = (folder / "table" / f"table.{suffix}").read_text(encoding="utf-8")
         assert "片" in text or encoding == "C"
-        assert "\\xff" in text
+        assert ("\\textbackslash{}xff" if suffix == "tex" else "\\xff") in text
     assert "50.0 ± 50.0" in (folder / "table" / "table.md").read_text(encoding="utf-8")
 
 
@@ -114,7 +114,7 @@ def text_calls() -> Iterator[tuple[str, int, ast.Call]]:
 def is_text(node: ast.Call) -> bool:
     """Whether it is not one of Image.open, os.open, tarfile.open, ..., and not in binary mode."""
     owner = node.func.value if isinstance(node.func, ast.Attribute) else None
-    if isinstance(owner, ast.Name) and owner.id in ("Image", "os"):
+    if isinstance(owner, ast.Name) and owner.id in ("Image", "os", "tarfile"):
         return False
     words = [w.value for w in (*node.args, *(k.value for k in node.keywords)) if isinstance(w, ast.Constant)]
     return not any(isinstance(w, str) and "b" in w and set(w) <= set("rwaxb+") for w in words)

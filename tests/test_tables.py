@@ -289,7 +289,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
         (["--seeds", "1", "--seed", "2"], "--seed: --seeds was given too"),
         (
             ["--dataset", "sample", "--compare"],
-            "--compare: there are published figures for mvtec, visa, not for sample",
+            "--compare: there are published figures for mvtec, visa, btad, mpdd, real-iad, cifar10, not for sample",
         ),
         (["--name", "a/b"], "--name: expected letters, digits, '_', '.' and '-', but got 'a/b'"),
         (["--eval-size", "4"], "--eval-size: expected at least 8, but got 4"),
@@ -334,7 +334,7 @@ def test_paper_targets_are_commands_that_parse() -> None:
     prefix = next(line.partition(" = ")[2] for line in lines if line.startswith("ABLATION ="))
     commands = [line.strip().replace("$(ABLATION)", prefix) for line in lines if line.startswith("\t$(ABLATION)")]
     commands += [line.strip() for line in lines if "--preset paper-" in line and line.startswith("\t$(PY)")]
-    assert len(commands) == 8
+    assert len(commands) == 9
     models = []
     for command in commands:
         for variable, value in (("$(PY)", "python"), ("$(ARGS)", ""), ("$(ABLATION_DIR)", "work_dirs/ablation")):

@@ -170,7 +170,7 @@ def test_every_checkpoint_is_calibrated(tmp_path: Path, held_out: bool, memory: 
     )  # fmt: skip
     log = RunLog(tmp_path, kept=0, config={}, tensorboard=False, wandb=False)
     if memory:
-        first_look(detector, (batch.features for batch in rows()), images=8, batch_size=4)
+        first_look(detector, lambda: (batch.features for batch in rows()), images=8, batch_size=4)
     for epoch in range(2):
         trainer._meta_epoch(epoch, log)
         trainer.keeper.wait()
@@ -288,7 +288,8 @@ def test_checkpoints_of_version_1_score_as_they_did(folder: Path, tmp_path: Path
     torch.save(old, tmp_path / "old.pt")
     read = read_checkpoint(tmp_path / "old.pt")
     detector = load_detector(read, stage, "old.pt")
-    now = load_detector(content | {"extractor": stage.fingerprint}, stage, "new.pt")
+    scorer = content["scorer"] | {"rule": read["scorer"]["rule"]}  # its opinions count as they did
+    now = load_detector(content | {"extractor": stage.fingerprint, "scorer": scorer}, stage, "new.pt")
     kept = stage.extract(torch.rand(2, 3, 64, 64))
     torch.testing.assert_close(detector.judge(kept).maps.surprise, now.judge(kept).maps.surprise)
 

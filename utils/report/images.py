@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,11 @@ class ImageResult:
     threshold: float | None = None
     defective: bool | None = None
     high: float | None = None
+
+    @property
+    def group(self) -> Hashable:
+        """What an album tells apart: see `Album`."""
+        return self.class_name, self.label, self.hit
 
     def within(self, normal: NormalRange) -> ImageResult:
         """With the limits of its class, unless it has the checkpoint's."""
@@ -87,7 +92,7 @@ class Curves:
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
     """Seven metrics per class and their mean, every image, each class's curves, and the shown maps of some images by
-    their numbers (see `Album`)."""
+    their numbers (see `Album`). `extra`: by class, metrics of the data set's own."""
 
     classes: dict[str, ClassResult]
     mean: ClassResult
@@ -95,6 +100,7 @@ class EvalResult:
     curves: dict[str, Curves]
     decided: Decided | None
     maps: Mapping[int, NDArray]
+    extra: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Album:
@@ -121,6 +127,19 @@ class Album:
             _, left_out = row.pop(PER_KIND)
             if left_out not in self.wanted:
                 del self.maps[left_out]
+
+
+def joined_albums(
+    images: Sequence[ImageResult], albums: Sequence[Mapping[int, NDArray]], wanted: Collection[int]
+) -> dict[int, NDArray]:
+    """The maps that one album of all `images` would have kept, from albums of parts of them; none from none."""
+    if len(albums) == 1:
+        return dict(albums[0])
+    album = Album(wanted)
+    for number, heat in sorted((pair for maps in albums for pair in maps.items()), key=lambda pair: pair[0]):
+        image = images[number]
+        album.add(number, image.group, image.score, heat)
+    return album.maps
 
 
 def first_of_each(keys: Sequence[Hashable], most: int) -> list[int]:

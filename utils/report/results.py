@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class Results:
     """Of a run: each class's metrics, each metric's best mean on the test set over all evaluations with its epoch
     (None where there was one evaluation), intervals if wanted, the concepts' agreement with the classes (None without
     concepts or with one class), how the thresholds did (None without any), the configuration, and whether none of the
-    images that calibrate was trained on. What is not `evaluated` had no test images."""
+    images that calibrate was trained on. What is not `evaluated` had no test images. `extra`: by class, metrics of the
+    data set's own."""
 
     classes: Mapping[str, ClassResult]
     best_on_test: Best | None
@@ -51,6 +52,7 @@ class Results:
     evaluated: bool = True
     config: Config
     unseen: bool
+    extra: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def mean(self) -> ClassResult:
@@ -96,7 +98,26 @@ def result_table(results: Results) -> Table:
     for name, row in result_rows(results):
         ranges = interval_row(results, name) if name != BEST else {}
         shown.append((name, {c: with_interval(row[c], ranges.get(c)) for c in COLUMNS}))
-    return Table(rows=shown, columns=COLUMNS)
+    return Table(rows=shown, columns=columns_of(results))
+
+
+def columns_of(results: Results) -> tuple[str, ...]:
+    """The metrics that some class has, all where none has any: without masks there are no pixel metrics."""
+    lost = {m for m, names in left_out(results.classes).items() if len(names) == len(results.classes)}
+    return tuple(c for c in COLUMNS if c not in lost and not (c == "mad" and lost)) or COLUMNS
+
+
+def extra_rows(results: Results) -> list[tuple[str, Mapping[str, float]]]:
+    """Classes and their mean with the metrics of the data set's own, fractions."""
+    columns = list(dict.fromkeys(c for row in results.extra.values() for c in row))
+    mean = {c: nanmean([row.get(c, NAN) for row in results.extra.values()]) for c in columns}
+    return [*results.extra.items(), (MEAN, mean)]
+
+
+def extra_table(results: Results) -> Table:
+    """The metrics of the data set's own, in per cent."""
+    rows = [(name, {c: percent(v) for c, v in row.items()}) for name, row in extra_rows(results)]
+    return Table(rows=rows, columns=tuple(rows[-1][1]), title="As the data set's paper measures")
 
 
 def comparison_table(results: Results) -> Table:
@@ -105,7 +126,7 @@ def comparison_table(results: Results) -> Table:
     for name, figures, _ in comparison_rows(results.config.data.dataset):
         complete = dict(figures) | ({"mad": nanmean(list(figures.values()))} if len(figures) == len(METRICS) else {})
         rows.append((name, {c: percent(v) for c, v in complete.items()}))
-    return Table(rows=rows, columns=COLUMNS, first="method", title="Means beside the published ones")
+    return Table(rows=rows, columns=columns_of(results), first="method", title="Means beside the published ones")
 
 
 def class_table(results: Results) -> Table:
@@ -116,6 +137,7 @@ def class_table(results: Results) -> Table:
         f"{TITLES[metric]} {method}": (method, metric)
         for metric in ("image_auroc", "pixel_auroc")
         for method in by_method
+        if metric in columns_of(results)
     }
     rows = [
         (
@@ -132,8 +154,11 @@ def class_table(results: Results) -> Table:
 
 def tables_of(results: Results) -> list[Table]:
     """The results, and with --compare the published figures."""
-    compared = [comparison_table(results), class_table(results)] if results.config.compared else []
-    return [result_table(results), *compared]
+    own = [extra_table(results)] if results.extra else []
+    compared = [comparison_table(results)] if results.config.compared else []
+    if compared and class_rows(results.config.data.dataset):
+        compared.append(class_table(results))
+    return [result_table(results), *own, *compared]
 
 
 def notes_of(results: Results) -> list[str]:
@@ -201,7 +226,7 @@ def shape_of(config: Config) -> str:
 def published_notes(results: Results) -> list[str]:
     """Setting, protocol and source of each method, and what our mean lacks."""
     dataset = results.config.data.dataset
-    known = next(iter(class_rows(dataset).values()))
+    known = next(iter(class_rows(dataset).values()), {})
     missing = len(known.keys() - results.classes.keys())
     partial = [f"{OURS}: {len(results.classes)} of the {len(known)} classes that the published means are over"]
     return (partial if missing else []) + [f"{name}: {note}" for name, _, note in comparison_rows(dataset)]
@@ -209,10 +234,14 @@ def published_notes(results: Results) -> list[str]:
 
 def results_json(results: Results) -> dict[str, Any]:
     """`{"classes": {name: metrics}, "mean": metrics, "best_on_test": {metric: {value, epoch}}, "config": ...}` and
-    notes; fractions, NaN as null."""
+    notes; fractions, NaN as null; a metric that no class has is absent."""
+
+    def there(result: ClassResult) -> dict[str, float]:
+        return {name: value for name, value in asdict(result).items() if name in columns_of(results)}
+
     content: dict[str, Any] = {
-        "classes": {name: asdict(result) for name, result in results.classes.items()},
-        "mean": asdict(results.mean),
+        "classes": {name: there(result) for name, result in results.classes.items()},
+        "mean": there(results.mean),
         "best_on_test": results.best_on_test or {},
         "config": to_dict(results.config),
         "scores": scores_of(results.config),
@@ -223,6 +252,8 @@ def results_json(results: Results) -> dict[str, Any]:
         content["decision"] = results.decided.plain()
     if results.concepts:
         content["concepts"] = asdict(results.concepts)
+    if results.extra:
+        content["extra"] = {"classes": results.extra, "mean": extra_rows(results)[-1][1]}
     if results.intervals:
         content["intervals"] = results.intervals.plain()
     if results.config.compared:

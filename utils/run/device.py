@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
 
 from default import UsageError
+from utils.run.distributed import launched, local_rank
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, *, deterministic: bool = False) -> torch.device:
     """The device for `--device`; auto prefers CUDA, then MPS, then the CPU. cuda:1 becomes CUDA's current device.
+
+    Of several processes on a machine each has a GPU of its own. CUDA gets its fast products and `choose_kernels`.
 
     Raises:
         UsageError: the device that was asked for is not there.
@@ -20,15 +24,30 @@ def resolve_device(name: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, present in there.items() if present)
+    if name == "cuda" and launched():
+        name = f"cuda:{local_rank()}"
     device, cards = torch.device(name), torch.cuda.device_count()
     if not there[device.type] or (device.index or 0) >= max(cards, 1):
         names = [kind for kind, present in there.items() if present] + [f"cuda:{n}" for n in range(cards)]
         raise UsageError(f"--device: {name!r} was asked for, but it is not here; choose from auto, {', '.join(names)}")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        choose_kernels(deterministic)
         if device.index is not None:
             torch.cuda.set_device(device)
     return device
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """Have CUDA take the kernels that are fastest for each size, which it tries out, or the same ones in each run.
+
+    Then sums are added in the same order; PyTorch warns where it has no kernel that does so.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.run.distributed import processes
+
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and PyTorch (all devices)."""
@@ -35,5 +37,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     kind, keys, index, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), index, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+    if processes() > 1 and state["cuda"]:
+        torch.cuda.set_rng_state(state["cuda"][0])  # each on its own device, as the first one was on its own
+    elif state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

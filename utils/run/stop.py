@@ -62,7 +62,7 @@ def _on_signal(number: int, _: object) -> None:
     _State.asked = number
     line = f"{signal.Signals(number).name}: the step is finished and saved; once more ends at once\n"
     with contextlib.suppress(OSError):
-        os.write(2, line.encode())  # print may be what was interrupted
+        os.write(2, line.encode() if os.environ.get("RANK", "0") == "0" else b"")  # print may be what was interrupted
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ ADVICE = {
 }
 MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
+GONE = ("/gloo/", "Connection closed by peer", "NCCL communicator was aborted")
+
 
 def trouble(error: BaseException) -> str | None:
     """One line about an error that is no bug of this program, None for one that is.
@@ -25,11 +27,19 @@ def trouble(error: BaseException) -> str | None:
         return None
     if "OutOfMemoryError" in (kind.__name__ for kind in type(error).__mro__) or any(m in text for m in MEMORY):
         return f"out of memory: {text[:200]}; a smaller --batch-size or --input-size needs less, --accumulate, too"
+    if is_echo(error):
+        return "another of the processes ended; the same command with --resume goes on"
     if text.startswith("DataLoader worker"):
         return (
             f"a process that reads images died ({text[:200]}); fewer --workers need less memory, and --resume goes on"
         )
     return None
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an error only says that another process of torchrun is gone: of Gloo, NCCL, or their store."""
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    return isinstance(error, RuntimeError) and ("DistError" in kinds or any(m in str(error) for m in GONE))
 
 
 def of_system(error: OSError, text: str) -> str:
