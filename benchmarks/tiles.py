@@ -26,18 +26,10 @@ from main import main as program
 
 WIDTH, HEIGHT, SPOT = 4000, 3000, 20
 TRAIN, TEST = 4, 2
-ONE_FORM = [
-    "--dataset",
-    "folder",
-    "--preset",
-    "cpu",
-    "--multi-class",
-    "--no-report",
-    "--pictures",
-    "0",
-    "--limit",
-    "99",
-]
+COMMON = [
+    "--dataset", "folder", "--preset", "cpu", "--multi-class", "--no-report", "--pictures", "0", "--meta-epochs", "1",
+    "--eval-interval", "1", "--holdout", "0.3", "--false-alarm-rate", "0.3", "--device", "cpu",
+]  # fmt: skip
 WAYS: dict[str, list[str]] = {"whole": [], "tiles": ["--tile", "512", "--overlap", "64"]}
 
 
@@ -79,22 +71,7 @@ def line(way: str, data: Path, work: Path) -> str:
     """Train and judge in one way, and say how it went."""
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        words = [
-            *ONE_FORM,
-            "--meta-epochs",
-            "1",
-            "--eval-interval",
-            "1",
-            "--data-path",
-            str(data),
-            "--work-dir",
-            str(work),
-            "--name",
-            way,
-            "--holdout",
-            "0.3",
-        ]
-        status = program([*words, "--false-alarm-rate", "0.3", "--device", "cpu", *WAYS[way]])
+        status = program([*COMMON, "--data-path", str(data), "--work-dir", str(work), "--name", way, *WAYS[way]])
     assert status == 0
     detector = load_detector(work / f"{way}-seed9826", device="cpu")
     scores: dict[str, list[float]] = {"good": [], "worn": []}

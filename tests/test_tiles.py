@@ -12,6 +12,7 @@ from datasets import build_datasets
 from datasets.geometry import Geometry, Stitch
 from default import DataConfig, UsageError, from_dict
 from detector import load_detector as load_image_detector
+from export import describe, whole
 from fake_data import METHOD, TINY, save
 from main import main
 from stage import Stage, image_readings, load_detector
@@ -82,21 +83,10 @@ def make(root: Path) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("tiles")
-    words = [*TINY, *METHOD, "--dataset", "folder", "--data-path", str(make(place / "data")), "--tile", "96"]
-    words += [
-        "--overlap",
-        "32",
-        "--work-dir",
-        str(place / "work"),
-        "--memory",
-        "50",
-        "--no-report",
-        "--pictures",
-        "1",
-        "--holdout",
-        "0.4",
-    ]
-    words += ["--image-score", "surprise", "--pixel-score", "surprise", "--pro-score", "surprise", "--top-k", "0.01"]
+    words = [*TINY, *METHOD, "--extractor", "test_resnet", "--no-pretrained", "--dataset", "folder", "--no-report"]
+    words += ["--data-path", str(make(place / "data")), "--tile", "96", "--overlap", "32", "--memory", "50"]
+    words += ["--work-dir", str(place / "work"), "--pictures", "1", "--holdout", "0.4", "--top-k", "0.01"]
+    words += ["--image-score", "surprise", "--pixel-score", "surprise", "--pro-score", "surprise"]
     assert main([*words, "--false-alarm-rate", "0.3"]) == 0
     return next(p for p in (place / "work").iterdir() if p.name != "cache")
 
@@ -158,6 +148,16 @@ def test_tiles_at_another_size(run: Path, tmp_path: Path) -> None:
     assert content["mean"]["image_auroc"] == json.loads((run / "results.json").read_text())["mean"]["image_auroc"]
     assert content["mean"]["pixel_auroc"] > 0.9
     assert "maps and masks at 100 x 100" in (folder / "results.md").read_text(encoding="utf-8")
+
+
+def test_an_exported_file_says_how_it_wants_tiles(run: Path) -> None:
+    """What is done with that, `test_export.py` compares."""
+    onnx = pytest.importorskip("onnx", reason="the extra 'export' is not installed")
+    content = read_checkpoint(run / "last.pt")
+    config = from_dict(content["config"])
+    traced = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
+    facts = describe(config, content, whole(content, config, ""), traced)
+    assert (facts["tile"], facts["overlap"], facts["input_size"], facts["map_size"]) == (96, 32, 64, 64)
 
 
 @pytest.mark.parametrize(
