@@ -98,17 +98,25 @@ def fits(value: Any, kind: str) -> bool:
     """Whether a value is of a field's annotated type, such as `tuple[int, ...] | None`."""
     if value is None:
         return kind.endswith(" | None")
-    kind = kind.removesuffix(" | None")
+    if value in words_of(kind):
+        return True
+    kind = kind.removesuffix(" | None").partition(" | Literal")[0]
     if kind.startswith("tuple["):
         return isinstance(value, tuple) and all(fits(v, kind[len("tuple[") : -len(", ...]")]) for v in value)
     return isinstance(value, KINDS[kind][0]) and isinstance(value, bool) == (kind == "bool")
+
+
+def words_of(kind: str) -> list[str]:
+    """The words that a field of another type takes as well: ["native"] of `int | Literal["native"] | None`."""
+    return re.findall(r"Literal\[.(\w+).\]", kind)
 
 
 def in_words(kind: str) -> str:
     """A field's annotated type as an error names it."""
     found = re.search(r"\b(str|int|float|bool)\b", kind)
     assert found
-    return KINDS[found[1]][1] + (" or several of them" if "tuple" in kind else "")
+    several = " or several of them" if "tuple" in kind else ""
+    return " or ".join([KINDS[found[1]][1], *words_of(kind)]) + several
 
 
 class Part:
@@ -121,7 +129,7 @@ class Part:
                 got = " ".join(repr(value).split())[:60]
                 raise UsageError(f"{flag_of(entry.name)}: expected {in_words(str(entry.type))}, but got {got}")
             for item in value if isinstance(value, tuple) else (value,):
-                if item is None:
+                if item is None or item in words_of(str(entry.type)):
                     continue
                 if meta["choices"]:
                     expect(flag_of(entry.name), item, meta["choices"])
@@ -150,6 +158,37 @@ class DataConfig(Part):
     class_names: tuple[str, ...] = option(("all",), "one class, several, or all", binds="data")
     multi_class: bool = option(False, "one model for all classes instead of one model per class", binds="data")
     input_size: int = option(384, "side in pixels to which images are resized", binds="data", low=32, high=4096)
+    resize: str = option(
+        "squash",
+        "how an image that is no square becomes one: squash both sides to --input-size, pad the shorter one with its "
+        "edge, or crop the longer one; what is padded counts in no pixel metric, what is cropped is not looked at",
+        binds="data",
+        choices=("squash", "pad", "crop"),
+    )
+    center_crop: int | None = option(
+        None,
+        "side of the middle of the resized images and masks, to which they are cropped (Dinomaly's protocol: 392 of "
+        "448)",
+        binds="data",
+        low=32,
+        high=4096,
+    )
+    tile: int | None = option(
+        None,
+        "cut images into squares of this many pixels, each of which the model sees at --input-size, and put their "
+        "score maps together at the image's own size: for large images with small defects",
+        binds="data",
+        low=16,
+        high=1 << 16,
+    )
+    overlap: int | None = option(
+        None,
+        "pixels that neighbouring tiles share at least, over which their score maps blend (default: an eighth of "
+        "--tile)",
+        binds="data",
+        low=0,
+        high=1 << 15,
+    )
     limit: int | None = option(
         None, "use at most this many images per class and kind, for a quick look", binds="data", low=1
     )
@@ -216,9 +255,35 @@ class DataConfig(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.center_crop is not None and self.center_crop > self.input_size:
+            raise UsageError(
+                f"--center-crop: expected at most --input-size, which is {self.input_size}, but got {self.center_crop}"
+            )
+        if self.tile is not None:
+            self._check_tile(self.tile)
         span = self.float_range
         if span is not None and (len(span) != 2 or not span[0] < span[1]):
             raise UsageError(f"--float-range: expected black and a higher white, but got {' '.join(map(str, span))}")
+
+    def _check_tile(self, tile: int) -> None:
+        """Raise `UsageError` for what tiles cannot be combined with."""
+        if self.shared >= tile:
+            raise UsageError(f"--overlap: expected less than --tile, which is {tile}, but got {self.shared}")
+        if self.resize != "squash" or self.center_crop is not None:
+            flag = "--center-crop" if self.center_crop is not None else f"--resize {self.resize}"
+            raise UsageError(
+                f"{flag}: --tile cuts squares out of an image and looks at all of it; leave one of them out"
+            )
+
+    @property
+    def shared(self) -> int:
+        """Pixels that neighbouring tiles share at least."""
+        return (self.tile or 0) // 8 if self.overlap is None else self.overlap
+
+    @property
+    def view_size(self) -> int:
+        """Side of what the model sees."""
+        return self.center_crop or self.input_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -460,10 +525,11 @@ class EvalConfig(Part):
         low=1e-4,
         high=1.0,
     )
-    eval_size: int | None = option(
+    eval_size: int | Literal["native"] | None = option(
         None,
-        "side of score maps and masks in evaluation; a mask is resized from its file by nearest neighbour, and a pixel "
-        "is defective where the result is > 0.5 (default: the input size)",
+        "side of score maps and masks in evaluation, a mask being resized from its file by nearest neighbour, and a "
+        "pixel defective where the result is > 0.5; native: each image's own size (default: the side of what the model "
+        "sees)",
         binds="run",
         low=8,
         high=4096,
@@ -654,8 +720,14 @@ class Config:
 
     @property
     def score_size(self) -> int:
-        """Side of score maps and masks in evaluation."""
-        return self.eval.eval_size or self.data.input_size
+        """Side of score maps; of masks, too, unless metrics are made at the images' own sizes."""
+        size = self.eval.eval_size
+        return size if isinstance(size, int) and not self.data.tile else self.data.view_size
+
+    @property
+    def native(self) -> bool:
+        """Whether pixel metrics are made at the images' own sizes."""
+        return self.eval.eval_size == "native" or bool(self.data.tile and self.eval.eval_size is None)
 
     @property
     def compared(self) -> bool:

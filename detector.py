@@ -22,9 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from datasets.decode import colours, read_pixels, shallow
+from datasets.geometry import Geometry, Stitch
 from datasets.pixels import Pixels, check_size, has_transparency
-from datasets.reading import PLAIN, Reading, picture
-from datasets.transforms import to_tensor
+from datasets.reading import PLAIN, Reading
+from datasets.reading import picture as planes
+from datasets.transforms import planes_tensor
 from default import KEPT, Config, UsageError, flag_of, make_config, settings_of, shown
 from engine import Answer, Engine, Features, Graph, Torch, file_engine, installed, quickest
 from models.extractor import Normalization
@@ -41,12 +43,52 @@ ARRAY = Path("array")  # how an image without a file is called in an error
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """An image: `views` of it as models want it, (3, S, S) in [0, 1], by the numbers of those that read it alike; its
-    own `size` (width, height), and as people see it: RGB (H, W, 3)."""
+    """An image: `views` of it as models want it, by the numbers of those that read it alike; its own `size` (width,
+    height), and as people see it: RGB (H, W, 3)."""
 
-    views: Mapping[tuple[int, ...], Tensor]
+    views: Mapping[tuple[int, ...], Views]
     size: tuple[int, int]
     picture: NDArray[np.uint8]
+
+
+class Views:
+    """An image, or its tiles one after the other, each (3, S, S) in [0, 1] and made when it is asked for.
+
+    Args:
+        planes: as `datasets.reading.picture` gives them.
+    """
+
+    def __init__(self, planes: Sequence[Image.Image], geometry: Geometry) -> None:
+        self.planes, self.geometry, self.boxes = planes, geometry, geometry.tiles(planes[0].size)
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return planes_tensor([plane.crop(self.boxes[number]) for plane in self.planes], self.geometry)
+
+
+class Whole:
+    """What a model says of an image, from what it says of each of its `views`."""
+
+    def __init__(self, size: tuple[int, int], views: Views) -> None:
+        self.size, self.views = size, views
+        self.stitch = Stitch(size, views.geometry.overlap) if views.geometry.tile else None
+        self.best: Answer | None = None
+
+    def add(self, number: int, answer: Answer) -> None:
+        """Of the view of this number."""
+        if self.stitch is not None:
+            self.stitch.add(answer.map, self.views.boxes[number])
+        if self.best is None or answer.score > self.best.score:
+            self.best = answer
+
+    def answer(self) -> Answer:
+        """Its highest view's, with the map of all at the image's own size."""
+        assert self.best is not None
+        if self.stitch is not None:
+            return replace(self.best, map=self.stitch.map)
+        return replace(self.best, map=self.views.geometry.place(self.size).drawn(self.best.map))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +116,7 @@ class ImageDetector:
 
     def __init__(self, config: Config, members: Sequence[Member], graph: Graph | None = None) -> None:
         self.config, self.members, self.graph = config, list(members), graph
+        self.geometry = Geometry.of(config.data)
         self._lock = threading.Lock()  # what a model keeps between images is not per thread, nor are PyTorch's settings
 
     @property
@@ -120,13 +163,15 @@ class ImageDetector:
         views, problem, picture = {}, None, None
         for reading, numbers in self._ways(path, pixels).items():
             try:
-                views[numbers] = to_tensor(path, pixels, self.config.data.input_size, reading)
+                views[numbers] = Views(planes(path, pixels, reading), self.geometry)
                 picture = seen(path, pixels, reading) if picture is None else picture
             except UsageError as error:  # deeper than all images of a class are: its model does not answer
                 problem = problem or error
         if picture is None:
             raise problem or UsageError(f"{path}: no model reads it")
-        if not (self.members[0].engine.deep or all(map(has_8_bits, views.values()))):
+        if not (
+            self.members[0].engine.deep or all(has_8_bits(own[n]) for own in views.values() for n in range(len(own)))
+        ):
             raise UsageError(f"{path}: has more than 8 bits per channel, an ONNX file takes 8; give the checkpoint")
         return Opened(views=views, size=pixels.size, picture=picture)
 
@@ -145,26 +190,34 @@ class ImageDetector:
         with self._lock:
             answers = self._answers(opened)
         made = []
-        for one, own in zip(opened, answers, strict=True):
+        for own in answers:
             number = max(own, key=lambda number: normality(own[number])) if len(own) > 1 else next(iter(own))
-            made.append(prediction(own[number], one.size, self.members[number].class_name))
+            made.append(prediction(own[number], self.members[number].class_name))
         return made
 
     def _answers(self, opened: Sequence[Opened]) -> list[dict[int, Answer]]:
-        """What each model that can read an image says of it, by the models' numbers."""
-        found: list[dict[int, Answer]] = [{} for _ in opened]
+        """What each model that can read an image says of it, by the models' numbers; its map has the image's size.
+
+        As many views are there at a time as go into a batch, however many tiles an image has.
+        """
+        found: list[dict[int, Whole]] = [{} for _ in opened]
         for numbers in dict.fromkeys(numbers for one in opened for numbers in one.views):
             rows = [row for row, one in enumerate(opened) if numbers in one.views]
-            image = torch.stack([opened[row].views[numbers] for row in rows])
-            for number in numbers:
-                for row, answer in zip(rows, self.members[number].engine(image), strict=True):
-                    found[row][number] = answer
-        return found
+            for row in rows:
+                found[row] |= {n: Whole(opened[row].size, opened[row].views[numbers]) for n in numbers}
+            parts = [(row, part) for row in rows for part in range(len(opened[row].views[numbers]))]
+            for start in range(0, len(parts), self.config.train.batch_size):
+                chunk = parts[start : start + self.config.train.batch_size]
+                image = torch.stack([opened[row].views[numbers][part] for row, part in chunk])
+                for number in numbers:
+                    for (row, part), answer in zip(chunk, self.members[number].engine(image), strict=True):
+                        found[row][number].add(part, answer)
+        return [{number: one.answer() for number, one in own.items()} for own in found]
 
     def hurry(self, opened: Sequence[Opened]) -> str:
         """Go on with the engine that is quickest on these images, and say which; see `engine.quickest`."""
         assert self.graph is not None
-        image, own = torch.stack([next(iter(one.views.values())) for one in opened]), self.members[0]
+        image, own = torch.stack([next(iter(one.views.values()))[0] for one in opened]), self.members[0]
         with self._lock:
             engine, told = quickest(installed(self.graph), image)
             self.members, self.graph = [replace(own, engine=engine)], None
@@ -262,7 +315,8 @@ def from_file(path: Path, config: Config, chosen: dict[str, Any]) -> ImageDetect
         engine=engine, class_name=None if facts["multi_class"] else classes[0],
         readings=tuple(dict.fromkeys(readings.values())) or (PLAIN,),
     )  # fmt: skip
-    return ImageDetector(replace(config, data=replace(config.data, input_size=facts["input_size"])), [member])
+    shape = {name: facts[name] for name in ("input_size", "resize", "center_crop", "tile", "overlap")}
+    return ImageDetector(replace(config, data=replace(config.data, **shape)), [member])
 
 
 def only(path: Path, readings: Sequence[Reading]) -> Reading:
@@ -307,8 +361,8 @@ def pixels_of(image: Any) -> Pixels:
 
 def seen(path: Path, pixels: Pixels, reading: Reading) -> NDArray[np.uint8]:
     """An image as people see it: RGB (H, W, 3)."""
-    planes = picture(path, pixels, reading)
-    if planes[0].mode != "F":
-        return np.array(planes[0].convert("RGB"))
-    level = np.stack([np.asarray(plane) for plane in planes], 2).clip(0, 1)
+    found = planes(path, pixels, reading)
+    if found[0].mode != "F":
+        return np.array(found[0].convert("RGB"))
+    level = np.stack([np.asarray(plane) for plane in found], 2).clip(0, 1)
     return np.broadcast_to((level * 255).round().astype(np.uint8), (*level.shape[:2], 3)).copy()

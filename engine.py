@@ -184,7 +184,8 @@ def file_engine(path: Path, config: Config) -> Onnx:
 
 def check_alike(expected: Run, run: Run, path: Path, facts: Facts) -> None:
     """Raise `UsageError` if OpenVINO says of noise what onnxruntime does not say: of integers it has done so."""
-    noise = np.random.default_rng(0).integers(0, 256, (2, facts["input_size"], facts["input_size"], 3), dtype=np.uint8)
+    side = facts["center_crop"] or facts["input_size"]
+    noise = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
     theirs, ours = run(noise)["map"], expected(noise)["map"]
     off = float(np.abs(theirs - ours).mean() / np.abs(ours).max())
     if not off < (ROUGH if facts["precision"] == "int8" else TOLERANCE):
@@ -207,7 +208,7 @@ def facts_of(session: Any, path: Path) -> dict[str, Any]:
     if facts.get("program") != "VQ-Flow":
         raise UsageError(f"--eval_ckpt: {path} is not an ONNX file of --mode export")
     names = [output.name for output in session.get_outputs()]
-    if "multi_class" not in facts or ("verdict" in names and "pixel_threshold" not in names):
+    if not {"multi_class", "tile"} <= facts.keys() or ("verdict" in names and "pixel_threshold" not in names):
         raise UsageError(f"--eval_ckpt: {path} is of an older version; export it again")
     return facts
 
@@ -266,13 +267,13 @@ class Graph:
         exported = whole(content, own, str(self.path))
         exported.detector.decision = None  # it may be asked for another rate: the checkpoint's thresholds decide
         try:
-            traced = trace(exported, own.data.input_size)
+            traced = trace(exported, own.data.view_size)
             made = serialized(traced, describe(own, content, exported, traced))
         except Exception as error:  # of PyTorch's exporter, which has one for each kind of trouble; or beyond 2 GB
             raise UsageError(
                 f"--engine: {self.path} cannot be written as an ONNX graph: {type(error).__name__}"
             ) from error
-        check_same(exported, made, own.data.input_size)
+        check_same(exported, made, own.data.view_size)
         return made
 
     def engine(self, name: str) -> Quick:

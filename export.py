@@ -109,12 +109,12 @@ def export_model(path: Path, config: Config, chosen: dict[str, Any]) -> Iterator
     precisions = own.run.precision
     normal = None if precisions == ("float32",) else normal_images(own, content, "int8" in precisions)
     exported = whole(content, own, str(path))
-    traced = trace(exported, own.data.input_size)
+    traced = trace(exported, own.data.view_size)
     facts = describe(own, content, exported, traced)
     for precision in precisions:
         target = file_of(path, precision)
         write(traced, precision, facts, normal, target)
-        yield checked(exported, precision, target, normal, own.data.input_size)
+        yield checked(exported, precision, target, normal, own.data.view_size)
 
 
 def portable(own: Config) -> Config:
@@ -152,7 +152,8 @@ def normal_images(own: Config, content: dict[str, Any], wanted: bool) -> Images 
         if not wanted:
             return None
         raise UsageError(f"--precision int8: is calibrated on normal images, but {error}") from error
-    return np.stack([to_picture(train[n].image) for n in evenly_spread(train)])
+    tiles = train.tiled
+    return np.stack([to_picture(tiles[n].image) for n in evenly_spread(tiles)])
 
 
 def trace(exported: Exported, size: int) -> Any:
@@ -176,7 +177,9 @@ def describe(own: Config, content: dict[str, Any], exported: Exported, traced: A
     facts: dict[str, Any] = {
         "program": "VQ-Flow", "version": __version__, "torch": torch.__version__,
         "opset": traced.opset_import[0].version, "input_size": own.data.input_size, "map_size": own.score_size,
-        "resize": "Pillow's Lanczos, both sides to input_size", "classes": list(classes),
+        "resize": own.data.resize, "center_crop": own.data.center_crop, "filter": "Pillow's Lanczos",
+        "tile": own.data.tile, "overlap": own.data.shared,
+        "classes": list(classes),
         "image_score": own.eval.image_score, "map": own.eval.shown_score, "top_k": own.eval.top_k,
         "extractor": own.model.extractor, "weights_license": pretrained.get("license"),
         "readings": {n: reading.plain() for n, reading in image_readings(content, classes).items()},

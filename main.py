@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from default import (
     settings_of,
     shown,
     to_dict,
+    words_of,
 )
 from utils.run.offline import go_offline
 from utils.run.stop import Stopped, heeding
@@ -49,6 +51,7 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "quantize_type": _CODEBOOKS,
     "codebooks": _CODEBOOKS,
     "reassign_quantize": _CODEBOOKS,
+    "overlap": (lambda c: c.data.tile is not None, "does nothing without --tile; add that, or leave it out"),
     "weights": (lambda c: c.model.pretrained, "contradicts --no-pretrained; leave one of them out"),
     "eval_ckpt": (
         lambda c: c.run.mode in JUDGING,
@@ -111,11 +114,26 @@ def add_flag(group: Any, entry: Field) -> None:
     if kind.startswith("bool"):
         group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
         return
-    of = int if "int" in kind else float if "float" in kind else str
+    of: Any = int if "int" in kind else float if "float" in kind else str
+    if words_of(kind):
+        of = partial(number_or_word, words_of(kind))
     choices = "{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else entry.name.split("_")[-1].upper()
     group.add_argument(
         *names, type=of, nargs="+" if "tuple" in kind else None, metavar=choices, help=text, dest=entry.name
     )
+
+
+def number_or_word(words: Sequence[str], text: str) -> int | str:
+    """What a flag that takes a whole number takes, or one of some words.
+
+    Raises:
+        argparse.ArgumentTypeError: neither.
+    """
+    try:
+        return text if text in words else int(text)
+    except ValueError:
+        choices = " or ".join(words)
+        raise argparse.ArgumentTypeError(f"expected a whole number or {choices}, but got {text!r}") from None
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, dict[str, Any], bool]:

@@ -65,12 +65,9 @@ class Prediction:
     class_name: str | None
 
 
-def prediction(answer: Answer, size: tuple[int, int], class_name: str | None) -> Prediction:
-    """What a model answers, its map (h, w) drawn out to the image's `size` (width, height).
-
-    Interpolated values are no higher than the map's own, so that a threshold of the map's maximum holds for them too.
-    """
-    drawn = np.asarray(cv2.resize(answer.map, size, interpolation=cv2.INTER_LINEAR), np.float32)
+def prediction(answer: Answer, class_name: str | None) -> Prediction:
+    """What a model answers, with a map of the image's size."""
+    drawn = answer.map
     y, x = divmod(int(drawn.argmax()), drawn.shape[1])
     mask = None if answer.pixel_threshold is None else drawn > answer.pixel_threshold
     return Prediction(

@@ -84,7 +84,8 @@ def present(
     wanted = pictured(test, config)
     if not (config.report or wanted):
         return {}
-    look, show = look_at(stage, detector, normal, remembered=not are_unseen(kept, normal)), shown_by(test, result.maps)
+    remembered, normal = not are_unseen(kept, normal), normal.tiled
+    look, show = look_at(stage, detector, normal, remembered=remembered), shown_by(test, result.maps)
     with tqdm(total=len(names) * (1 + config.report) + len(wanted), desc="pictures", leave=False, disable=None) as bar:
         ranges = {}
         for index, name in enumerate(names):

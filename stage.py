@@ -43,7 +43,7 @@ from models.official import is_official, load_official, load_strictly, refuse_mi
 from models.scorer import Scorer, ScoreRule
 from models.vqflow import VQFlow, pool_features
 from utils.run.device import autocast, check_compiler, has_bfloat16, resolve_device
-from utils.run.distributed import block, from_first, processes, share
+from utils.run.distributed import block, from_first, processes, rank, share
 from utils.run.folders import check_writable
 from utils.run.keeper import LAST
 from utils.run.offline import go_offline
@@ -80,7 +80,7 @@ class Stage:
         model = config.model
         self.extractor = FrozenExtractor(
             model.extractor,
-            input_size=config.data.input_size,
+            input_size=config.data.view_size,
             weights=model.weights,
             pretrained=model.pretrained,
             normalization=normalization,
@@ -116,7 +116,7 @@ class Stage:
         restore_random_state(state)
         if place == "disk":
             return 4 * 3 * sum(tensor.numel() * tensor.element_size() for tensor in flow.state_dict().values())
-        side = self.config.data.input_size
+        side = self.config.data.view_size
         shapes = [level.shape[1:] for level in self.extract(torch.zeros(1, 3, side, side, device=self.device))]
         return training_bytes(flow, shapes, self.config.train.batch_size)
 
@@ -142,11 +142,12 @@ class Stage:
         return [h.float() if self.config.data.cache == "none" else to_half(h).float() for h in kept]
 
     def training_features(self, dataset: ImageFolder) -> Source:
-        """Shuffled batches, the last partial one dropped; each process gets its part of them.
+        """Shuffled batches, of tiles with --tile, the last partial one dropped; each process gets its part of them.
 
         Raises:
             UsageError: there are more processes than images in a batch.
         """
+        dataset = dataset.tiled
         size = self.config.train.batch_size
         if size > len(dataset):
             print(f"--batch-size {size}: there are {len(dataset)} training images, so a batch has {len(dataset)}")
@@ -159,10 +160,30 @@ class Stage:
         return self._source(loader, dataset)
 
     def ordered_features(self, dataset: ImageFolder, numbers: Sequence[int] | None = None) -> Source:
-        """All images in order, or those of these numbers; of several processes each gets its share."""
+        """All images in order, or those of these numbers, with --tile the tiles of each; of several processes each
+        gets its share."""
+        if dataset.geometry.tile is not None:
+            chosen = None if numbers is None else frozenset(numbers)
+            numbers = [n for n, owner in enumerate(dataset.owners) if chosen is None or owner in chosen]
+            dataset = dataset.tiled
         if processes() > 1:
             numbers = share(range(len(dataset)) if numbers is None else numbers, self.ordered_size)
         return self._source(self._ordered(dataset, numbers), dataset)
+
+    def test_features(self, dataset: ImageFolder) -> Source:
+        """What `evaluate` takes: all images in order; with --tile batches of one image's tiles each, and of several
+        processes each gets every n-th image."""
+        if dataset.geometry.tile is None:
+            return self.ordered_features(dataset)
+        rows: dict[int, list[int]] = {}
+        for row, owner in enumerate(dataset.owners):
+            rows.setdefault(owner, []).append(row)
+        groups = [
+            own[start : start + self.ordered_size]
+            for own in (rows[number] for number in range(rank(), len(dataset), processes()))
+            for start in range(0, len(own), self.ordered_size)
+        ]
+        return self._source(grouped_loader(dataset.tiled, groups, workers=self.workers), dataset.tiled)
 
     def chosen_features(self, dataset: ImageFolder, numbers: Sequence[int]) -> Source:
         """The images of these ascending numbers in every process, in the batches in which all images would come."""
@@ -193,7 +214,7 @@ class Stage:
     def cache_folder(self, dataset: ImageFolder) -> Path:
         """Where features of these images, as this configuration extracts them, are kept on disk."""
         key = cache_key(
-            dataset, extractor=self.fingerprint, pool=self.config.model.kept_pool, size=dataset.input_size,
+            dataset, extractor=self.fingerprint, pool=self.config.model.kept_pool, size=dataset.geometry,
             masks=dataset.mask_size, amp=self.config.train.amp_enable and has_bfloat16(self.device),
         )  # fmt: skip
         return self.cache / key

@@ -10,14 +10,15 @@ from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
 
 from datasets import are_unseen, build_datasets, present_classes, protocols, resolve_classes, split_holdout
 from datasets.features import FeatureBatch
 from datasets.folder import ImageFolder, Protocol
 from default import Config, EvalConfig, UsageError
+from judging import Judged, judged, measured, of_image, stitched
 from models.decision import Verdict
 from models.detector import Detector
-from models.scorer import image_scores
 from show import pictured, present, spared
 from stage import Stage, find_checkpoints, image_readings, load_detector, normalization_of, settled_config
 from utils.metrics import ClassAccumulator, mean_results
@@ -44,36 +45,36 @@ def evaluate(
     wanted: Collection[int] = (),
     size: int = 1,
     extra: Mapping[str, Protocol] = MappingProxyType({}),
+    test: ImageFolder | None = None,
 ) -> EvalResult:
     """Score every image of `batches`, whose masks have the detector's size, and compute each class's metrics.
 
     The detector is put into eval mode, and back as it was. Shown maps are kept of the `wanted` images in any case.
     Of several processes each scores its share of the images, in batches of `size`; curves and maps are the first one's
-    alone. `extra`: by class, metrics of the data set's own, of one process.
+    alone. `extra`: by class, metrics of the data set's own, of one process. `test`: the images, in order, without which
+    all are taken for squares.
     """
     was_training = detector.training
     detector.eval()
     found = Found({name: ClassAccumulator(fpr_limit=config.fpr_limit) for name in class_names}, [], Album(wanted))
-    for number, batch in enumerate(batches):
-        judgement = detector.judge(batch.features)
-        maps = judgement.maps
-        scores = image_scores(getattr(maps, config.image_score), config.top_k)
-        for index, own in by_class(batch.class_index):
-            found.accumulators[class_names[index]].update(
-                labels=batch.label[own], scores=scores[own], masks=batch.mask[own],
-                maps=getattr(maps, config.pixel_score)[own], pro_maps=getattr(maps, config.pro_score)[own],
-            )  # fmt: skip
-            if protocol := extra.get(class_names[index]):
-                for row in own.tolist():
-                    heat = getattr(maps, config.pro_score)[row]
-                    protocol.add(batch.path[row], int(batch.label[row]), float(scores[row]), heat)
-        verdict = None if detector.decision is None else detector.decide(judgement, scores)
-        shown = getattr(maps, config.shown_score)
-        said = image_results(batch, class_names, scores, shown, judgement.output.concept, verdict)
+    tiled = test is not None and test.geometry.tile is not None
+    size = 1 if tiled else size
+    for number, said in enumerate(
+        stitched(detector, batches, config, test) if test and tiled else judged(detector, batches, config)
+    ):
         first = sum(map(len, found.images)) if processes() == 1 else (number * processes() + rank()) * size
-        found.images.append(list(said))
+        for part in measured(said, test, first, config):
+            found.measure(part, class_names, config)
+        for row, index in enumerate(said.batch.class_index.tolist() if extra else ()):
+            if protocol := extra.get(class_names[index]):
+                heat = of_image(said.maps[config.pro_score][row], test, first + row)
+                protocol.add(said.batch.path[row], int(said.batch.label[row]), float(said.scores[row]), heat)
+        verdict = None if detector.decision is None else detector.decision(said.scores, said.concept)
+        shown = said.maps[config.shown_score]
+        found.images.append(list(image_results(said, class_names, shown, verdict)))
         for place, (image, heat) in enumerate(zip(found.images[-1], shown, strict=True), start=first):
-            found.album.add(place, image.group, image.score, heat.cpu().numpy())
+            kept = highest(heat, detector.size) if tiled else heat
+            found.album.add(place, image.group, image.score, kept.cpu().numpy())
     detector.train(was_training)
     return replace(
         found.result(detector, config), extra={name: protocol.results() for name, protocol in extra.items()}
@@ -87,6 +88,14 @@ class Found:
     accumulators: dict[str, ClassAccumulator]
     images: list[list[ImageResult]]
     album: Album
+
+    def measure(self, said: Judged, class_names: Sequence[str], config: EvalConfig) -> None:
+        """Add to the classes' metrics."""
+        for index, own in by_class(said.batch.class_index):
+            self.accumulators[class_names[index]].update(
+                labels=said.batch.label[own], scores=said.scores[own], masks=said.batch.mask[own],
+                maps=said.maps[config.pixel_score][own], pro_maps=said.maps[config.pro_score][own],
+            )  # fmt: skip
 
     def result(self, detector: Detector, config: EvalConfig) -> EvalResult:
         """Of all processes' images together."""
@@ -110,14 +119,10 @@ def added_up(parts: Sequence[ClassAccumulator]) -> ClassAccumulator:
 
 
 def image_results(
-    batch: FeatureBatch,
-    class_names: Sequence[str],
-    scores: Tensor,
-    shown: Tensor,
-    concept: Tensor | None,
-    verdict: Verdict | None,
+    said: Judged, class_names: Sequence[str], shown: Tensor, verdict: Verdict | None
 ) -> Iterator[ImageResult]:
-    """What is said of each image of a batch: image `scores` (B,), `shown` maps (B, H, W), concepts, and the verdict."""
+    """What is said of each image of a batch, with its `shown` maps (B, H, W)."""
+    batch, concept = said.batch, said.concept
     height, width = shown.shape[1:]
     values, places = shown.flatten(1).max(1)
     masks = batch.mask.flatten(1)
@@ -126,7 +131,7 @@ def image_results(
         zip(batch.path, batch.class_index.tolist(), batch.label.tolist(), places.tolist(), strict=True)
     ):
         yield ImageResult(
-            path=path, class_name=class_names[index], label=label, score=float(scores[row]),
+            path=path, class_name=class_names[index], label=label, score=float(said.scores[row]),
             concept=None if concept is None else int(concept[row]),
             peak=((place % width + 0.5) / width, (place // width + 0.5) / height), peak_value=float(values[row]),
             hit=inside[row] if marked[row] else None,
@@ -135,6 +140,11 @@ def image_results(
             defective=None if verdict is None else bool(verdict.defective[row]),
             high=None if verdict is None else float(verdict.pixel_threshold[row]),
         )  # fmt: skip
+
+
+def highest(heat: Tensor, side: int) -> Tensor:
+    """A map (H, W) in a picture's size, (side, side): a small defect must not get lost."""
+    return adaptive_max_pool2d(heat[None], side)[0]
 
 
 def decided_by(detector: Detector, images: Sequence[ImageResult], rate: float) -> Decided | None:
@@ -261,13 +271,13 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
             continue
         stage = Stage(own, normalization_of(content))
         detector = load_detector(content, stage, str(path))
-        source = stage.ordered_features(test)
+        source = stage.test_features(test)
         batches = progress(source.epoch(0), total=len(source), text="evaluation")
         extra = protocols(own.data, class_names, test.items)
         with stage.reading():
             found = evaluate(
                 detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), size=stage.ordered_size,
-                extra=extra,
+                extra=extra, test=test,
             )  # fmt: skip
         sets = (*split_holdout(train, own.data.holdout, own.data.holdout_seed), test)
         ended = ended or Ended(from_first(partial(new_run, own)), own)

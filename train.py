@@ -123,7 +123,7 @@ def run_folder(config: Config) -> Path:
 def fit_part(stage: Stage, detector: Detector, part: Part, source: Source, folder: Path) -> FitResult:
     """Train one detector on its part's classes, from its checkpoint on if the run is resumed."""
     config = stage.config
-    test_source = stage.ordered_features(part.test) if part.test.items else None
+    test_source = stage.test_features(part.test) if part.test.items else None
     wanted = pictured(part.test, config.eval)
 
     def evaluation(detector: Detector) -> EvalResult:
@@ -132,7 +132,9 @@ def fit_part(stage: Stage, detector: Detector, part: Part, source: Source, folde
         batches = progress(test_source.epoch(0), total=len(test_source), text="evaluation")
         extra = protocols(config.data, part.classes, part.test.items)
         size = stage.ordered_size
-        return evaluate(detector, batches, part.classes, config.eval, wanted=wanted, size=size, extra=extra)
+        return evaluate(
+            detector, batches, part.classes, config.eval, wanted=wanted, size=size, extra=extra, test=part.test
+        )
 
     supply = supply_of(stage, source, part.kept, part.normal if part.unseen else None)
     own, saved = identity(stage, part.classes, part.train), saved_state(stage, part.classes, folder, part.train)

@@ -233,11 +233,12 @@ class Trainer:
         supply, detector, config = self.supply, self.detector, self.config.eval
         if supply.units is None:
             found = {"train": detector.calibrate(kept(supply.sample), own=False)}
-            detector.learn_decision(kept(supply.sample), config, own=False, unseen=False)
+            detector.learn_decision(kept(supply.sample), config, own=False, unseen=False, images=supply.sampled)
         else:
             seen = detector.nll_per_dim(kept(supply.sample))
             found = {"train": seen, "held_out": detector.calibrate(kept(supply.units))}
-            detector.learn_decision(kept(supply.deciding) if supply.deciding else (), config)
+            deciding = kept(supply.deciding) if supply.deciding else ()
+            detector.learn_decision(deciding, config, images=supply.decided_by)
         exact = self.config.model.objective == "likelihood"
         return {kind: bits_per_dim(nll) if exact else nll for kind, nll in found.items()}
 

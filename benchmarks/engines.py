@@ -54,7 +54,7 @@ def pytorch(path: Path) -> tuple[Engine, int]:
         with torch.no_grad():
             return whole(torch.from_numpy(images))[1].numpy()
 
-    return Engine(name="PyTorch", judge=judge), own.data.input_size
+    return Engine(name="PyTorch", judge=judge), own.data.view_size
 
 
 def onnx_engine(path: Path, precision: str, threads: int) -> Engine:

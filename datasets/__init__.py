@@ -27,6 +27,7 @@ from datasets import (
 )
 from datasets.checks import check_items
 from datasets.folder import DatasetSpec, ImageFolder, Item, Protocol, Scan
+from datasets.geometry import Geometry
 from datasets.reading import Reading, check_flags, decide
 from default import DataConfig, UsageError
 from utils.run.distributed import processes
@@ -142,7 +143,7 @@ def build_datasets(
         test += parts[1]
     for protocol in protocols(data, class_names, test).values():
         protocol.check()
-    made = ImageFolder(train, data.input_size, None, settled, data.max_pixels)
+    made = ImageFolder(train, Geometry.of(data), None, settled, data.max_pixels)
     return made, made.having(test, mask_size)
 
 

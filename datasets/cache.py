@@ -88,10 +88,11 @@ def cache_key(dataset: ImageFolder, **settings: object) -> str:
     settings |= {"version": VERSION}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for item in dataset.items:
+        own = f"{item.label}|{item.box}|{dataset.reading(item)!r}"
         for path in (item.path, *(mask_files(item.mask_path) if item.mask_path else ())):
             stat = path.stat()
             digest.update(os.fsencode(path.resolve()))
-            digest.update(f"|{stat.st_size}|{stat.st_mtime_ns}|{item.label}|{dataset.reading(item)!r}\n".encode())
+            digest.update(f"|{stat.st_size}|{stat.st_mtime_ns}|{own}\n".encode())
     return digest.hexdigest()[:20]
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol as TypingProtocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.decode import read_pixels
-from datasets.masks import load_mask
-from datasets.pixels import MAX_PIXELS
-from datasets.reading import PLAIN, Reading
-from datasets.transforms import to_tensor
+from datasets.geometry import Box, Geometry, Place, Size
+from datasets.masks import at_size, follow, load_mask, read_marks
+from datasets.pixels import MAX_PIXELS, Header, read_header
+from datasets.reading import PLAIN, Reading, picture
+from datasets.transforms import planes_tensor, to_tensor
 
 GOOD = "good"
 
@@ -33,6 +38,7 @@ class Item:
     kind: str
     name: str
     held_out: bool = False
+    box: Box | None = None  # the part of the image that is meant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +169,7 @@ class DatasetSpec:
 
 
 class ImageFolder(Dataset[Sample]):
-    """The images of some items at one size, their masks at that size too unless `mask_size` says another one.
+    """The images of some items as squares, their masks of the same size unless `mask_size` says another one.
 
     `readings` say how the images of each class are read, by class index; without any they are plain.
     """
@@ -171,30 +177,86 @@ class ImageFolder(Dataset[Sample]):
     def __init__(
         self,
         items: Sequence[Item],
-        input_size: int,
+        geometry: Geometry,
         mask_size: int | None = None,
         readings: Sequence[Reading] = (),
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.items, self.input_size, self.mask_size = tuple(items), input_size, mask_size or input_size
+        self.items, self.geometry, self.mask_size = tuple(items), geometry, mask_size or geometry.side
         self.readings, self.max_pixels = tuple(readings), max_pixels
+        self._headers: dict[int, Header] = {}
+        self._last: tuple[Path, list[Image.Image]] | None = None  # what was decoded last
+
+    @property
+    def input_size(self) -> int:
+        """Side of the squares."""
+        return self.geometry.side
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Sample:
         item, size = self.items[index], self.mask_size
+        if item.box is not None:
+            return self._tile(item, item.box)
         pixels = read_pixels(item.path, self.max_pixels)
         mask = torch.zeros(size, size, dtype=torch.bool)
         if item.mask_path is not None:
-            mask = load_mask(item.mask_path, size, pixels.size, pixels.orientation, self.max_pixels)
+            mask = load_mask(item.mask_path, size, pixels.size, pixels.orientation, self.max_pixels, self.geometry)
         return Sample(
-            image=to_tensor(item.path, pixels, self.input_size, self.reading(item)),
+            image=to_tensor(item.path, pixels, self.geometry, self.reading(item)),
             mask=mask,
             label=item.label,
             class_index=item.class_index,
             path=str(item.path),
         )
+
+    def _tile(self, item: Item, box: Box) -> Sample:
+        """A tile, without a mask; the image that was decoded last is kept for the next tile of it."""
+        if self._last is None or self._last[0] != item.path:
+            self._last = item.path, picture(item.path, read_pixels(item.path, self.max_pixels), self.reading(item))
+        return Sample(
+            image=planes_tensor([plane.crop(box) for plane in self._last[1]], self.geometry),
+            mask=torch.zeros(self.mask_size, self.mask_size, dtype=torch.bool),
+            label=item.label, class_index=item.class_index, path=str(item.path),
+        )  # fmt: skip
+
+    @cached_property
+    def owners(self) -> list[int]:
+        """Of each item of `tiled`, the number of its image here."""
+        if self.geometry.tile is None:
+            return list(range(len(self)))
+        return [number for number in range(len(self)) for _ in self.boxes(number)]
+
+    @cached_property
+    def tiled(self) -> ImageFolder:
+        """Their tiles, image by image, as a data set of its own; themselves without --tile."""
+        if self.geometry.tile is None:
+            return self
+        return self.having([replace(self.items[n], box=b) for n in range(len(self)) for b in self.boxes(n)])
+
+    def boxes(self, number: int) -> list[Box]:
+        """The tiles of an image."""
+        return self.geometry.tiles(self.place(number).size)
+
+    def place(self, number: int) -> Place:
+        """Where an image lies on its square."""
+        return self.geometry.place(self._header(number).upright)
+
+    def marks(self, number: int, target: Size | None = None) -> NDArray[np.bool_]:
+        """What the mask of an image marks of all that is seen of it: (h, w), at the image's own or another size."""
+        item, place = self.items[number], self.place(number)
+        size = target or place.size
+        rows, columns = place.seen(size)
+        if item.mask_path is None:
+            return np.zeros((rows.stop - rows.start, columns.stop - columns.start), bool)
+        marks = read_marks(item.mask_path, self.max_pixels)
+        return at_size(follow(marks, place.size, self._header(number).orientation), size)[rows, columns]
+
+    def _header(self, number: int) -> Header:
+        if number not in self._headers:
+            self._headers[number] = read_header(self.items[number].path, self.max_pixels)
+        return self._headers[number]
 
     def reading(self, item: Item) -> Reading:
         """How an image is read."""
@@ -202,7 +264,7 @@ class ImageFolder(Dataset[Sample]):
 
     def having(self, items: Sequence[Item], mask_size: int | None = None) -> ImageFolder:
         """Other images, or masks of another size, read in the same way."""
-        return ImageFolder(items, self.input_size, mask_size or self.mask_size, self.readings, self.max_pixels)
+        return ImageFolder(items, self.geometry, mask_size or self.mask_size, self.readings, self.max_pixels)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

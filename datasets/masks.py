@@ -7,18 +7,17 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from datasets.decode import read_pixels
+from datasets.geometry import Geometry, Size
 from datasets.pixels import MAX_PIXELS, ON_THE_SIDE, UPRIGHT, Pixels, has_transparency
 from datasets.reading import check_finite
 from default import UsageError
 
 Marks = NDArray[np.bool_]
-Size = tuple[int, int]  # width, height
 
 HALF = 127  # of 255: what lossy compression blurs is marked above it
 NOISE, EVEN, AREA = 24, 8, 16  # of lossy masks: level above noise, its range in an even area, pixels of that
@@ -28,17 +27,24 @@ WAY_OUT = "mark the defect, or take all masks as they are with --trust-masks"
 
 
 def load_mask(
-    path: Path, size: int, seen: Size | None = None, orientation: int = 1, max_pixels: int = MAX_PIXELS
-) -> Tensor:
+    path: Path, size: int, seen: Size | None = None, orientation: int = 1, max_pixels: int = MAX_PIXELS,
+    geometry: Geometry | None = None,
+) -> Tensor:  # fmt: skip
     """What a mask file marks, upright, by nearest resize to `size`: (size, size) bool.
 
     Args:
         seen: size of its image as people see it.
         orientation: tag that its image was turned by; the mask follows where that makes their shapes agree.
+        geometry: of its image; default: squashed.
     """
     marks = follow(read_marks(path, max_pixels), seen, orientation)
-    nearest = Image.fromarray((marks * 255).astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
-    return torch.from_numpy(np.array(nearest) > 127)
+    own = marks.shape[1], marks.shape[0]
+    return (geometry or Geometry(input_size=size)).place(seen or own).mask(marks, size)
+
+
+def at_size(marks: Marks, size: Size) -> Marks:
+    """Marks of an image at another size (width, height), by nearest neighbour."""
+    return np.asarray(Image.fromarray(marks.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)) > 127
 
 
 def mask_files(path: Path) -> list[Path]:

@@ -37,13 +37,21 @@ DEEP_COUNTS = 4  # of a pixel's values beyond 8 bits, which are computed with in
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file says before it is decoded: `size` (width, height) as stored, `format` (Pillow's name), and whether it
-    is `deep` (more than 8 bits per channel, or floating-point) and has an `alpha` channel or a transparent colour."""
+    """What a file says before it is decoded: `size` (width, height) as stored, `format` (Pillow's name), whether it is
+    `deep` (more than 8 bits per channel, or floating-point) and has an `alpha` channel or a transparent colour, and the
+    `orientation` tag."""
 
     size: tuple[int, int]
     format: str
     deep: bool
     alpha: bool
+    orientation: int = 1
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height as people see them."""
+        width, height = self.size
+        return (height, width) if self.orientation in ON_THE_SIDE else (width, height)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +115,19 @@ def _header(path: Path, max_pixels: int) -> Header:
             check_size(path, (width, height), max_pixels, deep=bool(deep))
             if len(pages) > 1:
                 raise UsageError(f"{path}: holds {len(pages)} pages; expected one image a file")
-            return Header(size=(width, height), format="TIFF", deep=bool(deep), alpha=bool(page.extrasamples))
+            return Header(
+                size=(width, height), format="TIFF", deep=bool(deep), alpha=bool(page.extrasamples),
+                orientation=int(tag_of(page, ORIENTATION, 1)),
+            )  # fmt: skip
     with Image.open(path) as image:
         deep = is_deep(image, path)
         check_size(path, image.size, max_pixels, deep=deep)
         if getattr(image, "is_animated", False) and image.format not in ONE_PICTURE:
             raise UsageError(f"{path}: holds several frames; expected one image a file")
-        return Header(size=image.size, format=image.format or "", deep=deep, alpha=has_transparency(image))
+        return Header(
+            size=image.size, format=image.format or "", deep=deep, alpha=has_transparency(image),
+            orientation=orientation_of(image),
+        )  # fmt: skip
 
 
 def tag_of(page: Any, code: int, default: Any) -> Any:

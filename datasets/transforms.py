@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from datasets.geometry import Geometry
 from datasets.pixels import Pixels
 from datasets.reading import Reading, picture
 
 
-def to_tensor(path: Path, pixels: Pixels, size: int, reading: Reading) -> Tensor:
-    """Lanczos resize to (3, size, size) float32 in [0, 1]: of 8-bit pixels in 8 bits, of deeper ones in float32."""
-    planes = picture(path, pixels, reading)
-    resized = [np.array(plane.resize((size, size), Image.Resampling.LANCZOS)) for plane in planes]
-    if planes[0].mode == "F":
-        return torch.from_numpy(np.stack(resized)).clamp(0, 1).expand(3, size, size).contiguous()
-    return torch.from_numpy(resized[0]).reshape(size, size, -1).permute(2, 0, 1).expand(3, size, size).float() / 255
+def to_tensor(path: Path, pixels: Pixels, geometry: Geometry, reading: Reading) -> Tensor:
+    """Lanczos resize to (3, S, S) float32 in [0, 1]: of 8-bit pixels in 8 bits, of deeper ones in float32."""
+    return planes_tensor(picture(path, pixels, reading), geometry)
+
+
+def planes_tensor(planes: Sequence[Image.Image], geometry: Geometry) -> Tensor:
+    """The same of what `picture` gives, or of a part of it."""
+    image = torch.from_numpy(geometry.place(planes[0].size).square(planes)).permute(2, 0, 1)
+    three = image.expand(3, geometry.side, geometry.side)
+    return three.clamp(0, 1).contiguous() if planes[0].mode == "F" else three.float() / 255
 
 
 def to_picture(image: Tensor) -> NDArray[np.uint8]:

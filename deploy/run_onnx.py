@@ -1,18 +1,14 @@
-"""Judges pictures by a model that `--mode export` wrote; needs numpy, pillow and onnxruntime, and nothing else.
+"""python run_onnx.py model.onnx PATH... judges pictures by a model of --mode export; needs numpy, pillow, onnxruntime.
 
-    python run_onnx.py model.onnx PATH...
-
-Reads JPEG and PNG files of 8 bits per channel, and all such files in folders, as the program itself reads them, and
-prints a line of CSV for each. The peak is the place of the highest value of the map, in pixels of the picture as people
-see it. Leaves with status 1 if a file could not be judged; its line says why.
+Reads JPEG and PNG files of 8 bits a channel, and those in folders, as the program itself does: a line of CSV for each,
+the peak in pixels of the picture as people see it. Status 1: a file could not be judged, and its line says why.
 """
 
+import contextlib
 import csv
 import json
 import os
-import re
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,99 +17,103 @@ from PIL import Image
 
 COLUMNS = ("path", "score", "p_value", "threshold", "verdict", "peak_x", "peak_y", "peak_value", "error")
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # by the tag, what turns a picture upright
-ORIENTATION = 0x0112
-ODD = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")  # moves cursors
 
 
-def files_of(places):
-    """Each file, and the pictures in each folder, nested ones too; hidden ones are passed over."""
-    for place in places:
-        if not Path(place).is_dir():
-            yield Path(place)
-        for folder, inner, names in os.walk(place):
-            inner[:] = sorted(n for n in inner if not n.startswith("."))
-            for name in sorted(names):
-                if name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith("."):
-                    yield Path(folder) / name
+def files_of(places):  # each file, and the pictures in each folder, nested ones too; hidden ones are passed over
+    for place in map(Path, places):
+        found = sorted(p for p in place.rglob("*") if "/." not in f"/{p.relative_to(place).as_posix()}")
+        found = [p for p in found if p.is_file() and p.suffix.lower() in (".jpg", ".jpeg", ".png")]
+        yield from found if place.is_dir() else [place]
 
 
-def orientation_of(image):
-    """1, upright, where a file does not say, or says nonsense."""
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except Exception:
-        return 1
-
-
-def background_of(facts):
-    """What the model's classes lay transparent pictures on."""
-    found = {reading["background"] for reading in facts["readings"].values()}
-    if len(found) != 1 or None in found:
-        raise ValueError("is transparent, and the model's classes do not all lie on one background")
-    return found.pop()
-
-
-def read(path, facts):
-    """A file as RGB or grey, upright."""
+def read(path, facts):  # a file as RGB or grey, upright
     with Image.open(path, formats=("JPEG", "PNG", "MPO")) as image:
         if image.mode.startswith(("I", "F")) or (image.tile and ";16" in str(image.tile[0][3])):
             raise ValueError("has more than 8 bits per channel, which this script does not read")
         if image.format == "PNG" and getattr(image, "is_animated", False):
             raise ValueError("holds several frames; expected one image a file")
         image.load()
-        image = image.transpose(TURNS[orientation_of(image)]) if orientation_of(image) in TURNS else image
+        with contextlib.suppress(Exception):  # upright, where a file does not say, or its tags are damaged
+            image = image.transpose(TURNS[image.getexif()[0x0112]])
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        coarse = all(reading["coarse"] for reading in facts["readings"].values())  # version 1.0 dropped alpha
-        image = image.convert("RGBA")
-        if not coarse and np.asarray(image)[..., 3].min() < 255:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, background_of(facts)), image)
+        readings, image = facts["readings"].values(), image.convert("RGBA")
+        if not all(r["coarse"] for r in readings) and np.asarray(image)[..., 3].min() < 255:  # coarse: dropped alpha
+            (background, *others) = {r["background"] for r in readings}
+            if others or background is None:
+                raise ValueError("is transparent, and the model's classes do not all lie on one background")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def judge(session, facts, path):
-    """A line of the table."""
-    image, side = read(path, facts), facts["input_size"]
-    pixels = np.asarray(image.resize((side, side), Image.Resampling.LANCZOS).convert("RGB"))
-    names = [output.name for output in session.get_outputs()]
-    outputs = session.run(names, {"image": pixels[None]})
-    found = {name: value[0] for name, value in zip(names, outputs, strict=True)}
-    y, x = np.unravel_index(found["map"].argmax(), found["map"].shape)
-    row = {
-        "score": f"{found['score']:.6g}", "peak_value": f"{found['map'].max():.6g}",
-        "peak_x": int((x + 0.5) * image.width / found["map"].shape[1]),
-        "peak_y": int((y + 0.5) * image.height / found["map"].shape[0]),
-    }  # fmt: skip
-    if "verdict" in found:
-        row |= {n: f"{found[n]:.6g}" for n in ("p_value", "threshold")}
-        row["verdict"] = "defect" if found["verdict"] else "good"
-    return row
+def starts(side, tile, overlap):  # of the tiles along a side
+    count = max(-(-(side - overlap) // (tile - overlap)), 1)
+    return [round(n * (side - tile) / max(count - 1, 1)) for n in range(count)]
 
 
-def cell(text):  # of one line, and behind an apostrophe where a spreadsheet would compute it
-    text = ODD.sub(lambda c: ascii(c[0])[1:-1], os.fsencode(text).decode("utf-8", "backslashreplace"))
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+def axis(own, size, facts):  # of a picture's side: the square's, and where what both show begins and ends on either
+    full, side = facts["input_size"], facts["center_crop"] or facts["input_size"]
+    long = max(round(full * own / {"squash": own, "pad": max(size), "crop": min(size)}[facts["resize"]]), 1)
+    cut = round((long - side) / 2)
+    first, last = max(-cut, 0), min(long - cut, side)
+    return side, first, last, (first + cut) * (own / long), (last + cut) * (own / long)
 
 
-def main(arguments):
-    """Status: 0, 1 if a file could not be judged, 2 for a mistake on the command line."""
+def drawn(values, count):  # rows interpolated to so many
+    place = ((np.arange(count) + 0.5) * len(values) / count - 0.5).clip(0, len(values) - 1)
+    low, share = np.int64(place), np.float32(place % 1)[:, None]
+    return values[low] * (1 - share) + values[np.minimum(low + 1, len(values) - 1)] * share
+
+
+def look(session, facts, image):  # what the model says of a picture, and the rows and columns that its map is of
+    (side, x0, x1, left, right), (_, y0, y1, top, bottom) = (axis(own, image.size, facts) for own in image.size)
+    seen = image.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS, (left, top, right, bottom)).convert("RGB")
+    pixels = np.pad(np.asarray(seen), ((y0, side - y1), (x0, side - x1), (0, 0)), "edge")
+    outputs = zip(session.get_outputs(), session.run(None, {"image": pixels[None]}), strict=True)
+    found = {output.name: value[0] for output, value in outputs}
+    x0, x1, y0, y1 = (round(edge * len(found["map"]) / side) for edge in (x0, x1, y0, y1))
+    x, y, right, bottom = (round(edge) for edge in (left, top, right, bottom))
+    part = drawn(found["map"][y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)], max(bottom - y, 1))
+    part = drawn(part.T, max(right - x, 1)).T
+    return found, part, np.s_[:, y : y + len(part), x : x + len(part.T)]
+
+
+def cell(text):  # in one line, and behind an apostrophe where a spreadsheet would compute it
+    text = os.fsencode(text).decode("utf-8", "backslashreplace")
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "'" * text.startswith(("=", "+", "-", "@")) + text
+
+
+def judge(session, facts, path):  # a line of the table: the highest tile's score, maps that pass into each other
+    image, best = read(path, facts), {"score": -np.inf}
+    tile, overlap, (wide, high) = facts["tile"] or max(image.size), facts["overlap"], image.size
+    total = np.zeros((2, high, wide), np.float32)  # weighted, and the weights
+    for y, x in ((y, x) for y in starts(high, tile, overlap) for x in starts(wide, tile, overlap)):
+        found, part, seen = look(session, facts, image.crop((x, y, min(x + tile, wide), min(y + tile, high))))
+        depths = (n / 2 - abs(np.arange(n) + 0.5 - n / 2) for n in part.shape)  # how far from the tile's border
+        rows, columns = (np.minimum(depth / max(overlap, 0.5), 1) for depth in depths)
+        total[:, y : y + tile, x : x + tile][seen] += np.stack((part, np.ones_like(part))) * rows[:, None] * columns
+        best = max(best, found, key=lambda one: one["score"])
+    heat = np.divide(*total, out=np.full((high, wide), -np.inf, np.float32), where=total[1] > 0)
+    said = {n: f"{best[n]:.6g}" for n in ("score", "p_value", "threshold") if n in best}
+    said |= {"verdict": ("good", "defect")[int(best["verdict"])]} if "verdict" in best else {}
+    return said | {"peak_x": heat.argmax() % wide, "peak_y": heat.argmax() // wide, "peak_value": f"{heat.max():.6g}"}
+
+
+def main(arguments):  # status: 0, 1 if a file could not be judged, 2 for a mistake on the command line
     if len(arguments) < 2:
-        print("usage: python run_onnx.py model.onnx PATH...", file=sys.stderr)
-        return 2
-    warnings.simplefilter("ignore")  # Pillow's, of large images; of too large ones it makes an error
+        return print("usage: python run_onnx.py model.onnx PATH...", file=sys.stderr) or 2
     session = onnxruntime.InferenceSession(arguments[0], providers=onnxruntime.get_available_providers())
     facts = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
-    table = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+    table, failed = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n"), 0
     table.writeheader()
-    failed = 0
     for path in files_of(arguments[1:]):
         try:
             row = judge(session, facts, path)
         except Exception as error:  # decoders of damaged files raise anything
-            failed += 1
-            row = {"error": cell(getattr(error, "strerror", None) or str(error) or type(error).__name__)}
+            failed, row = 1, {"error": cell(getattr(error, "strerror", None) or str(error) or type(error).__name__)}
         table.writerow({"path": cell(path)} | row)
         sys.stdout.flush()
-    return 1 if failed else 0
+    return failed
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from models.vqflow import VQFlow, VQFlowOutput
 from utils.run.device import autocast
 from utils.run.distributed import interleaved, summed
 
+Row = tuple[float, float, int]  # of a calibration image: score, the map's peak, concept
+
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
@@ -81,18 +83,20 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def learn_decision(
-        self, batches: Iterable[Sequence[Tensor]], config: EvalConfig, *, own: bool = True, unseen: bool = True
-    ) -> None:
+        self, batches: Iterable[Sequence[Tensor]], config: EvalConfig, *, own: bool = True, unseen: bool = True,
+        images: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         """Thresholds from batches of kept features of normal images, after `calibrate`, of other images than that saw.
 
         Args:
             config: which scores, and the false-alarm rate.
             own: as in `calibrate`.
             unseen: nothing was fitted to the images.
+            images: the image that each row belongs to, where rows are tiles: the tile with the highest score counts.
         """
         was_training = self.training
         self.eval()
-        found: list[list[tuple[float, float, int]]] = []
+        found: list[list[Row]] = []
         for kept in batches:
             judgement = self.judge(kept, own=own)
             scores = image_scores(getattr(judgement.maps, config.image_score), config.top_k).tolist()
@@ -102,6 +106,8 @@ class Detector(nn.Module):
             found.append(list(zip(scores, peaks, concepts, strict=True)))
         self.train(was_training)
         rows = interleaved(found)
+        if images is not None:
+            rows = [worst([rows[n] for n in group]) for group in groups_of(images)]
         calibrated = Calibrated(
             scores=tuple(s for s, _, _ in rows), peaks=tuple(p for _, p, _ in rows),
             concepts=tuple(c for _, _, c in rows), unseen=unseen,
@@ -124,6 +130,20 @@ class Detector(nn.Module):
                 output = self.flow(kept)
             yield kept, output
         self.train(was_training)
+
+
+def worst(rows: Sequence[Row]) -> Row:
+    """Of an image's tiles: score and concept of that with the highest score, and the highest peak of all."""
+    score, _, concept = max(rows, key=lambda row: row[0])
+    return score, max(peak for _, peak, _ in rows), concept
+
+
+def groups_of(owners: Sequence[int]) -> list[list[int]]:
+    """The rows that belong to each image, by the images that rows belong to."""
+    rows: dict[int, list[int]] = {}
+    for row, owner in enumerate(owners):
+        rows.setdefault(owner, []).append(row)
+    return list(rows.values())
 
 
 def mean(values: Sequence[float]) -> float:

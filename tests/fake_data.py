@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from datasets.decode import read_pixels
+from datasets.geometry import Geometry
 from datasets.pixels import MAX_PIXELS
 from datasets.reading import PLAIN, Reading
 from datasets.transforms import to_tensor
@@ -124,4 +125,4 @@ def make_visa_original(root: Path, classes: Sequence[str] = ("candle", "pcb1"), 
 
 def load_image(path: Path, size: int, reading: Reading = PLAIN, max_pixels: int = MAX_PIXELS) -> Tensor:
     """An image file as a data set gives it: (3, size, size) in [0, 1]."""
-    return to_tensor(path, read_pixels(path, max_pixels), size, reading)
+    return to_tensor(path, read_pixels(path, max_pixels), Geometry(input_size=size), reading)

@@ -23,21 +23,21 @@ PAPER_LINES = (PAPER, PAPER.replace("mvtec", "visa"), PAPER.replace("train", "te
 
 SURFACE = """
 --accumulate --amp-enable --background --bandwidth --batch-size --bit-depth --bootstrap --c-conds --c-pos-conds
---cache --checkpoint-activations --clamp --class-names --clear --clip-norm --codebooks --compare --compile
---concat-pos --conditioning --context --data-path --dataset --deterministic --device --dim-cpc --dry-run --efficiency
---engine --eval-ckpt --eval-interval --eval-size --eval_ckpt --extractor --fail-on --false-alarm-rate --float-range
---fpr-limit --good-names --gpu --gpus --help --holdout --holdout-seed --image-score --images --input-size
---interconnect --json --k-cpc --k-cspc --latency --limit --loc-eval --lr --max-dropped --max-pixels --memory
---memory-place --meta-epochs --mixed-gaussian --mode --multi-class --name --no-amp-enable --no-checkpoint-activations
---no-compare --no-compile --no-concat-pos --no-deterministic --no-json --no-loc-eval --no-mixed-gaussian
---no-multi-class --no-offline --no-overlays --no-pattern-quantize --no-pre-extract --no-pretrained --no-pro-eval
---no-quantize-enable --no-reassign-quantize --no-report --no-resume --no-save-masks --no-standardize --no-tensorboard
---no-trust-masks --no-wandb-enable --noise --objective --offline --output --overlays --parallel-blocks
---pattern-quantize --pictures --pixel-score --pool-type --pre-extract --precision --preset --pretrained --pro-eval
---pro-eval-interval --pro-score --profile --quantize-enable --quantize-type --quantize-weight --reading
---reassign-quantize --report --resume --save-every --save-maps --save-masks --schedule --seed --seeds --semantics
---standardize --storage --sub-epochs --tensorboard --test-images --tflops --top-k --trust-masks --version
---wandb-enable --warmup --watch --weight-decay --weights --work-dir --workers -h
+--cache --center-crop --checkpoint-activations --clamp --class-names --clear --clip-norm --codebooks --compare
+--compile --concat-pos --conditioning --context --data-path --dataset --deterministic --device --dim-cpc --dry-run
+--efficiency --engine --eval-ckpt --eval-interval --eval-size --eval_ckpt --extractor --fail-on --false-alarm-rate
+--float-range --fpr-limit --good-names --gpu --gpus --help --holdout --holdout-seed --image-score --images
+--input-size --interconnect --json --k-cpc --k-cspc --latency --limit --loc-eval --lr --max-dropped --max-pixels
+--memory --memory-place --meta-epochs --mixed-gaussian --mode --multi-class --name --no-amp-enable
+--no-checkpoint-activations --no-compare --no-compile --no-concat-pos --no-deterministic --no-json --no-loc-eval
+--no-mixed-gaussian --no-multi-class --no-offline --no-overlays --no-pattern-quantize --no-pre-extract --no-pretrained
+--no-pro-eval --no-quantize-enable --no-reassign-quantize --no-report --no-resume --no-save-masks --no-standardize
+--no-tensorboard --no-trust-masks --no-wandb-enable --noise --objective --offline --output --overlap --overlays
+--parallel-blocks --pattern-quantize --pictures --pixel-score --pool-type --pre-extract --precision --preset
+--pretrained --pro-eval --pro-eval-interval --pro-score --profile --quantize-enable --quantize-type --quantize-weight
+--reading --reassign-quantize --report --resize --resume --save-every --save-maps --save-masks --schedule --seed
+--seeds --semantics --standardize --storage --sub-epochs --tensorboard --test-images --tflops --tile --top-k
+--trust-masks --version --wandb-enable --warmup --watch --weight-decay --weights --work-dir --workers -h
 """
 
 RELEASED = {
@@ -54,7 +54,9 @@ RELEASED = {
 OTHER: dict[str, tuple[str, Any]] = {
     "dataset": ("visa", "visa"), "data_path": ("some/where", "some/where"),
     "class_names": ("pill wood", ["pill", "wood"]),
-    "multi_class": ("", True), "input_size": ("128", 128), "limit": ("5", 5), "workers": ("2", 2),
+    "multi_class": ("", True), "resize": ("pad", "pad"), "center_crop": ("96", 96), "tile": ("512", 512),
+    "overlap": ("8 --tile 512", 8),
+    "input_size": ("128", 128), "limit": ("5", 5), "workers": ("2", 2),
     "pre_extract": ("", True), "extractor": ("resnet18", "resnet18"), "weights": ("w.pth", "w.pth"),
     "pretrained": ("no", False), "pool_type": ("max", "max"), "standardize": ("no", False),
     "quantize_enable": ("", True), "quantize_type": ("naive --quantize-enable", "naive"),
@@ -86,6 +88,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "watch": ("new --mode predict --eval_ckpt a.pt", "new"),
     "fail_on": ("defect --mode predict --eval_ckpt a.pt", "defect"),
     "precision": ("float16 int8 --mode export --eval_ckpt a.pt", ["float16", "int8"]),
+    "eval_size": ("native", "native"), "bootstrap": ("50", 50), "compare": ("", True), "report": ("no", False),
     "json": ("--mode inspect", True),
     "images": ("50 --mode plan", 50), "test_images": ("7 --mode plan --images 50", 7),
     "gpus": ("4 --mode plan --images 50", 4), "gpu": ("h100 --mode plan --images 50", "h100"),
@@ -93,7 +96,6 @@ OTHER: dict[str, tuple[str, Any]] = {
     "bandwidth": ("1000 --mode plan --images 50", 1000.0), "efficiency": ("0.5 --mode plan --images 50", 0.5),
     "interconnect": ("50 --mode plan --images 50", 50.0), "latency": ("20 --mode plan --images 50", 20.0),
     "storage": ("3 --mode plan --images 50", 3.0), "reading": ("90 --mode plan --images 50", 90.0),
-    "eval_size": ("64", 64), "bootstrap": ("50", 50), "compare": ("", True), "report": ("no", False),
 }  # fmt: skip
 
 

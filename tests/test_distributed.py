@@ -22,6 +22,7 @@ FLAGS = [
     "--image-score", "surprise", "--eval-size", "40", "--no-report",
 ]  # fmt: skip
 PREDICT = ["--mode", "predict", "--device", "cpu", "--save-maps", "npy", "--batch-size", "4", "--eval_ckpt"]
+TILES = ["--tile", "40", "--limit", "3"]
 SINGLE = ["--no-multi-class", "--memory", "0", "--no-mixed-gaussian"]
 
 
@@ -34,7 +35,7 @@ def under_torchrun(count: int, commands: list[list[str]]) -> subprocess.Complete
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     return subprocess.run(
         [*command, str(ROOT / "tests" / "processes.py"), json.dumps(commands)], cwd=ROOT, capture_output=True,
-        text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+        text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
 
 
@@ -62,7 +63,9 @@ def alone(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     assert main([*PREDICT, str(only(work)), "--output", str(said), str(tree)]) == 0
     single = tmp_path_factory.mktemp("single")
     assert main([*FLAGS, *SINGLE, "--data-path", str(tree), "--work-dir", str(single)]) == 0
-    return {"train": only(work), "test": only(again), "predict": said, "single": only(single)}
+    tiles = tmp_path_factory.mktemp("tiles")
+    assert main([*FLAGS, *TILES, "--data-path", str(tree), "--work-dir", str(tiles)]) == 0
+    return {"train": only(work), "test": only(again), "predict": said, "single": only(single), "tiles": only(tiles)}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -76,9 +79,13 @@ def runs(
     single = tmp_path_factory.mktemp("single")
     predict = [*PREDICT, str(alone["train"]), "--output", str(said), str(tree)]
     small = [*train, str(tmp_path_factory.mktemp("small")), "--batch-size", "1"]
-    found = under_torchrun(request.param, [[*train, str(work)], test, predict, [*train, str(single), *SINGLE], small])
+    tiles, seen = tmp_path_factory.mktemp("tiles"), tmp_path_factory.mktemp("seen")
+    see = ["--mode", "test", "--eval_ckpt", str(alone["tiles"]), "--work-dir", str(seen)]
+    commands = [[*train, str(work)], test, predict, [*train, str(single), *SINGLE], small]
+    found = under_torchrun(request.param, [*commands, [*train, str(tiles), *TILES], see])
     assert found.returncode == 0, found.stderr
     folders = {"train": only(work), "test": only(again), "predict": said, "single": only(single)}
+    folders |= {"tiles": only(tiles), "seen": only(seen)}
     return Runs(alone=alone, together=folders, output=found)
 
 
@@ -144,6 +151,17 @@ def test_models_of_single_classes_are_those_of_a_single_process(runs: Runs) -> N
         assert all(torch.equal(value, second[key]) for key, value in first.items())
     first, second = (json.loads((f / "results.json").read_text(encoding="utf-8")) for f in (one, many))
     assert first["classes"] == second["classes"] and first["mean"] == second["mean"]
+
+
+def test_tiles_of_an_image_stay_together(runs: Runs) -> None:
+    one, many, seen = runs.alone["tiles"], runs.together["tiles"], runs.together["seen"]
+    assert (one / "scores.csv").read_bytes() == (seen / "scores.csv").read_bytes()
+    first, second = (json.loads((f / "results.json").read_text(encoding="utf-8")) for f in (one, seen))
+    assert first["mean"] == pytest.approx(second["mean"], rel=0, abs=1e-12)
+    first, second = content(one), content(many)
+    for name, value in first["scorer"]["state"].items():
+        torch.testing.assert_close(second["scorer"]["state"][name], value, rtol=1e-5, atol=1e-6)
+    assert second["decision"]["scores"] == pytest.approx(first["decision"]["scores"], rel=1e-5, abs=1e-5)
 
 
 def test_the_first_process_alone_writes_and_prints(runs: Runs) -> None:

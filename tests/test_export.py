@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
+from alone import run_alone
 from benchmarks import engines
 from datasets import build_datasets
-from datasets.transforms import to_picture
+from datasets.decode import read_pixels
+from datasets.geometry import Geometry
+from datasets.reading import PLAIN
+from datasets.transforms import to_picture, to_tensor
 from default import PRECISIONS, UsageError, __version__, from_dict
 from detector import load_detector as load_image_detector
-from export import DECIDED, SCORED, Exported
-from fake_data import METHOD, TINY, load_image, make_mvtec
+from export import DECIDED, SCORED, Exported, serialized
+from fake_data import METHOD, TINY, make_mvtec, picture, save
 from main import main
 from stage import Stage, load_detector
 from test import EvalResult, evaluate
@@ -28,14 +31,6 @@ from utils.run.checkpoint import read_checkpoint
 
 onnx = pytest.importorskip("onnx", reason="the extra 'export' is not installed")
 runtime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
-ROOT = Path(__file__).resolve().parents[1]
-WITHOUT_TORCH = """
-import runpy, sys
-for name in ("torch", "torchvision", "timm", "onnx", "scipy", "cv2", "default", "datasets"):
-    sys.modules[name] = None
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     argv = [*TINY, *METHOD, "--no-multi-class", "--extractor", "test_resnet", "--no-pretrained", "--dataset", "mvtec"]
     argv += ["--data-path", str(make_mvtec(place / "data")), "--class-names", "bottle", "--work-dir", str(place / "w")]
     argv += ["--memory", "4", "--image-score", "surprise", "--pixel-score", "contrast", "--eval-size", "48"]
+    argv += ["--resize", "pad"]
     assert main([*argv, "--no-report", "--false-alarm-rate", "0.2"]) == 0
     return next(p for p in (place / "w").iterdir() if p.name != "cache")
 
@@ -69,14 +65,6 @@ def expected(folder: Path, lines: list[str]) -> EvalResult:
     return evaluate(load_detector(content, stage, ""), features, ["bottle"], stage.config.eval)
 
 
-def run_alone(model: Path, *paths: Path) -> tuple[list[dict[str, str]], int]:
-    """The lines and the status of deploy/run_onnx.py in a process that has neither PyTorch nor this program."""
-    words = [str(ROOT / "deploy" / "run_onnx.py"), str(model), *map(str, paths)]
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *words], capture_output=True, text=True, cwd="/")
-    assert not done.stderr, done.stderr
-    return list(csv.DictReader(done.stdout.splitlines())), done.returncode
-
-
 def numbers(rows: list[dict[str, str]], name: str) -> np.ndarray:
     return np.array([float(row[name]) for row in rows])
 
@@ -84,10 +72,8 @@ def numbers(rows: list[dict[str, str]], name: str) -> np.ndarray:
 def test_a_folder_is_exported_as_a_whole(folder: Path, lines: list[str]) -> None:
     names = ["model.onnx", "model.float16.onnx", "model.int8.onnx"]
     assert [line.split(":")[0] for line in lines] == [str(folder / "bottle" / name) for name in names]
-    assert all(
-        "(B, 64, 64, 3) -> map, score, p_value, threshold, verdict, mask, pixel_threshold, concept; " in line
-        for line in lines
-    )
+    outputs = "(B, 64, 64, 3) -> map, score, p_value, threshold, verdict, mask, pixel_threshold, concept; "
+    assert all(outputs in line for line in lines)
     assert "; 3 images of noise: 3 of 3 verdicts equal, scores off by " in lines[0]
     assert all("; 6 normal images: " in line and " of 6 verdicts equal" in line for line in lines[1:])
 
@@ -137,11 +123,36 @@ def test_the_script_reads_as_the_program_does(folder: Path, expected: EvalResult
     assert [rows[0][name] for name in same] == [rows[1][name] for name in same], "turned as the tag says"
     session = runtime.InferenceSession(str(model))
     for row in rows[1:3]:
-        pixels = to_picture(load_image(Path(row["path"]), 64))
+        path = Path(row["path"])
+        place = Geometry(input_size=64, resize="pad").place((150, 90))
+        pixels = to_picture(to_tensor(path, read_pixels(path), Geometry(input_size=64, resize="pad"), PLAIN))
         found = dict(zip(DECIDED, session.run(list(DECIDED), {"image": pixels[None]}), strict=True))
         assert float(row["score"]) == pytest.approx(float(found["score"][0]), rel=1e-5)
-        y, x = np.unravel_index(found["map"][0].argmax(), (48, 48))
-        assert (int(row["peak_x"]), int(row["peak_y"])) == (int((x + 0.5) * 150 / 48), int((y + 0.5) * 90 / 48))
+        assert place.part(found["map"][0]).shape == (28, 48)
+        heat = place.drawn(found["map"][0])
+        assert float(row["peak_value"]) == pytest.approx(heat.max(), rel=1e-5)
+        assert heat[int(row["peak_y"]), int(row["peak_x"])] == pytest.approx(heat.max(), rel=1e-5)
+
+
+def test_script_and_program_put_tiles_together_alike(folder: Path, lines: list[str], tmp_path: Path) -> None:
+    """The graph judges squares: who runs it cuts the tiles that the file's facts tell of."""
+    model, tiles = folder / "bottle" / "model.onnx", {"tile": 50, "overlap": 20, "resize": "squash"}
+    (tmp_path / "tiles.onnx").write_bytes(serialized(onnx.load(model), facts_of(model) | tiles))
+    paths, rng = [], np.random.default_rng(0)
+    for number, size in enumerate([(130, 90), (40, 120), (50, 50), (51, 30)]):
+        image = picture(rng, size=max(size))[0][: size[1], : size[0]]
+        image[20:26, 20:27] = 255 * (number % 2)
+        paths.append(tmp_path / f"{number}.png")
+        save(paths[-1], image.astype(np.uint8))
+    rows, status = run_alone(tmp_path / "tiles.onnx", *paths)
+    assert status == 0
+    for row, wanted in zip(rows, load_image_detector(tmp_path / "tiles.onnx", device="cpu")(paths), strict=True):
+        assert row["verdict"] == ("defect" if wanted.defective else "good")
+        highest = float(wanted.map.max())
+        near = {"rel": 1e-4, "abs": 1e-4 * float(np.abs(wanted.map).max())}
+        assert float(row["score"]) == pytest.approx(wanted.score, **near)
+        assert float(row["peak_value"]) == pytest.approx(highest, **near)
+        assert wanted.map[int(row["peak_y"]), int(row["peak_x"])] == pytest.approx(highest, **near)
 
 
 def test_a_batch_is_its_images_and_the_mask_its_map(folder: Path, lines: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Imports go one way.
 
-default <- utils <- datasets, models <- stage, steps <- resume, supply, show <- test, trainer, export <- engine
+default <- utils <- datasets, models <- judging, stage, steps <- resume, supply, show <- test, trainer, export <- engine
 <- detector <- train, predict, submit <- main; datasets <- inspect_data <- main; stage <- count <- plan <- main.
 """
 
@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "resume": {"default", "utils", "datasets", "models", "stage"},
     "supply": {"default", "utils", "datasets", "models", "stage"},
     "show": {"default", "utils", "datasets", "models", "stage"},
-    "test": {"default", "utils", "datasets", "models", "stage", "show"},
+    "judging": {"default", "utils", "datasets", "models"},
+    "test": {"default", "utils", "datasets", "models", "stage", "show", "judging"},
     "trainer": {"default", "utils", "datasets", "models", "stage", "steps", "resume", "supply"},
     "train": {"default", "utils", "datasets", "models", "stage", "resume", "supply", "show", "test", "trainer"},
     "export": {"default", "utils", "datasets", "models", "stage"},

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from datasets import are_unseen, split_holdout
 from datasets.folder import ImageFolder, Item
+from datasets.geometry import Geometry
 from default import UsageError, make_config
 from models import memory
 from models.detector import Detector
@@ -270,7 +271,7 @@ def folder_of(counts: tuple[int, ...]) -> ImageFolder:
         Item(path=f"{c}_{n}.png", mask_path=None, label=0, class_index=c, kind="good", name=f"{n}")  # type: ignore[arg-type]
         for c, n in names
     ]
-    return ImageFolder(items, 32)
+    return ImageFolder(items, Geometry(input_size=32))
 
 
 @pytest.mark.parametrize(("share", "held"), [(0.1, (4, 2, 1)), (0.5, (20, 11, 2))])

@@ -12,6 +12,7 @@ from datasets import SPECS, build_datasets, resolve_classes, scan_classes
 from datasets.cache import cache_key
 from datasets.cifar10 import GROUPS
 from datasets.folder import Counts, ImageFolder
+from datasets.geometry import Geometry
 from default import DATASETS, Config, DataConfig, UsageError, make_config
 from fake_data import make_visa_original
 from fake_sets import (
@@ -143,7 +144,7 @@ def test_masks_of_an_image_count_together(tmp_path: Path) -> None:
     assert folder is not None and folder.is_dir()
     parts = [np.asarray(Image.open(path)) > 0 for path in sorted(folder.iterdir())]
     assert len(parts) == 2 and not (parts[0] & parts[1]).any()
-    large = ImageFolder(test.items, 64)
+    large = ImageFolder(test.items, Geometry(input_size=64))
     np.testing.assert_array_equal(large[number].mask.numpy(), parts[0] | parts[1])
 
 

@@ -20,7 +20,20 @@ SAVED: dict[str, Any] = {
     "dataset": "mvtec", "class_names": ("bottle", "grid"), "multi_class": True, "quantize_enable": True,
     "holdout": 0.2, "name": "theirs",
 }  # fmt: skip
-FIXED = {"dataset", "class_names", "multi_class", "input_size", "limit", "holdout", "extractor", "pool_type", "k_cpc"}
+FIXED = {
+    "dataset",
+    "class_names",
+    "multi_class",
+    "input_size",
+    "limit",
+    "holdout",
+    "resize",
+    "center_crop",
+    "tile",
+    "extractor",
+    "pool_type",
+    "k_cpc",
+}
 FREE_IN_TEST = {
     "data_path", "workers", "cache", "device", "work_dir", "name", "bootstrap", "compare", "pictures", "report",
     "batch_size", "amp_enable", "image_score", "pixel_score", "pro_score", "top_k", "eval_size", "weights", "seed",

@@ -158,8 +158,10 @@ def notes_of(results: Results) -> list[str]:
         return [f"no test images: there was no evaluation; the model of the {made} judges images with --mode predict"]
     notes = [
         f"scores: image metrics from {config.eval.image_score}, pixel metrics from {config.eval.pixel_score}, AUPRO "
-        f"from {config.eval.pro_score}; maps and masks at {config.score_size} x {config.score_size}; {made}"
+        f"from {config.eval.pro_score}; maps and masks at {sizes_of(config)}; {made}"
     ]
+    if config.data.resize != "squash" or config.data.center_crop or config.data.tile:
+        notes.append(shape_of(config))
     if not results.unseen and set(scores_of(config).values()) & set(CALIBRATED):
         notes.append("units from images that were trained on (no --holdout): unseen normal images look stranger")
     if results.decided:
@@ -185,6 +187,29 @@ def notes_of(results: Results) -> list[str]:
             "defective ones apart"
         )
     return notes + (published_notes(results) if config.compared else [])
+
+
+def sizes_of(config: Config) -> str:
+    """In what size maps and masks are compared."""
+    if config.native:
+        return "each image's own size"
+    if config.data.tile:
+        return f"{config.eval.eval_size} x {config.eval.eval_size}"
+    padded = " less what is padded" if config.data.resize == "pad" else ""
+    return f"{config.score_size} x {config.score_size}{padded}"
+
+
+def shape_of(config: Config) -> str:
+    """How images become squares."""
+    data = config.data
+    if data.tile:
+        return f"tiles of {data.tile} pixels that share {data.shared}, each resized to {data.input_size}"
+    how = {
+        "squash": "both sides resized to", "pad": "longer side resized to, the shorter one padded to",
+        "crop": "shorter side resized to, the longer one cropped to",
+    }[data.resize]  # fmt: skip
+    middle = f", of which the middle {data.center_crop} x {data.center_crop} counts" if data.center_crop else ""
+    return f"images (--resize {data.resize}): {how} {data.input_size}{middle}"
 
 
 def published_notes(results: Results) -> list[str]:
