@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
@@ -35,6 +35,8 @@ from utils.run.distributed import from_first, gathered, interleaved, is_first, p
 from utils.run.folders import new_run, write_config
 from utils.run.progress import progress
 
+Gathering = TypeVar("Gathering", ClassAccumulator, Protocol)
+
 
 def evaluate(
     detector: Detector,
@@ -50,8 +52,8 @@ def evaluate(
     """Score every image of `batches`, whose masks have the detector's size, and compute each class's metrics.
 
     The detector is put into eval mode, and back as it was. Shown maps are kept of the `wanted` images in any case.
-    Of several processes each scores its share of the images, in batches of `size`; curves and maps are the first one's
-    alone. `extra`: by class, metrics of the data set's own, of one process. `test`: the images, in order, without which
+    Of several processes each scores its share of the images, in batches of `size`; curves, maps and `extra` are the
+    first one's alone. `extra`: by class, metrics of the data set's own. `test`: the images, in order, without which
     all are taken for squares.
     """
     was_training = detector.training
@@ -76,9 +78,8 @@ def evaluate(
             kept = highest(heat, detector.size) if tiled else heat
             found.album.add(place, image.group, image.score, kept.cpu().numpy())
     detector.train(was_training)
-    return replace(
-        found.result(detector, config), extra={name: protocol.results() for name, protocol in extra.items()}
-    )  # fmt: skip
+    whole = of_all(extra)
+    return replace(found.result(detector, config), extra={name: own.results() for name, own in whole.items()})
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Found:
     def result(self, detector: Detector, config: EvalConfig) -> EvalResult:
         """Of all processes' images together."""
         images = interleaved(self.images)
-        merged = {name: added_up(parts) for name, own in self.accumulators.items() if (parts := gathered(own))}
+        merged = of_all(self.accumulators)
         classes = from_first(lambda: {name: accumulator.compute() for name, accumulator in merged.items()})
         return EvalResult(
             classes=classes, mean=mean_results(classes), images=tuple(images),
@@ -110,11 +111,16 @@ class Found:
         )  # fmt: skip
 
 
-def added_up(parts: Sequence[ClassAccumulator]) -> ClassAccumulator:
-    """The first of a class's accumulators, with what the others hold."""
+def of_all(gathering: Mapping[str, Gathering]) -> dict[str, Gathering]:
+    """By class, in the first process, what all processes have gathered; nothing in the others."""
+    return {name: added_up(parts) for name, own in gathering.items() if (parts := gathered(own))}
+
+
+def added_up(parts: Sequence[Gathering]) -> Gathering:
+    """The first of what a class's images have been gathered in, with what the others hold."""
     whole, *others = parts
     for other in others:
-        whole.merge(other)
+        whole.merge(other)  # type: ignore[arg-type]  # of the same kind
     return whole
 
 

@@ -30,7 +30,6 @@ from datasets.folder import DatasetSpec, ImageFolder, Item, Protocol, Scan
 from datasets.geometry import Geometry
 from datasets.reading import Reading, check_flags, decide
 from default import DataConfig, UsageError
-from utils.run.distributed import processes
 from utils.run.text import one_line
 
 CALIBRATION = 16  # training images per class that calibrate where none are held out
@@ -176,14 +175,9 @@ def scan_classes(data: DataConfig, class_names: Sequence[str]) -> dict[str, Scan
 
 
 def protocols(data: DataConfig, class_names: Sequence[str], items: Sequence[Item]) -> dict[str, Protocol]:
-    """The metrics of its own that the data set asks for, by class; empty for most, and where processes share images."""
+    """The metrics of its own that the data set asks for, by class; empty for most."""
     make = SPECS[data.dataset].protocol
     if make is None:
-        return {}
-    if processes() > 1:
-        print(
-            f"--dataset {data.dataset}: its own metrics are left out; evaluate the checkpoint without torchrun for them"
-        )
         return {}
     made = {n: make([item for item in items if item.class_index == i]) for i, n in enumerate(class_names)}
     return {name: protocol for name, protocol in made.items() if protocol is not None}

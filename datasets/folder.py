@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from typing import Protocol as TypingProtocol
 
 import numpy as np
@@ -124,6 +125,9 @@ class Protocol(TypingProtocol):
 
     def add(self, path: str, label: int, score: float, heat: Tensor) -> None:
         """An image with its score and score map (M, M)."""
+
+    def merge(self, other: Any) -> None:
+        """Add what one of the same kind, of the same class, has gathered of other images."""
 
     def results(self) -> dict[str, float]:
         """Metric -> fraction, NaN where it is not defined."""

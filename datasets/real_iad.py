@@ -110,7 +110,13 @@ class SampleProtocol:
 
     def add(self, path: str, label: int, score: float, heat: Tensor) -> None:
         match = SAMPLE.search(Path(path).name)
-        key = match[1] if match else Path(path).stem
+        self._note(match[1] if match else Path(path).stem, label, score)
+
+    def merge(self, other: SampleProtocol) -> None:
+        for key, (label, score) in other.samples.items():
+            self._note(key, label, score)
+
+    def _note(self, key: str, label: int, score: float) -> None:
         before = self.samples.get(key, (label, score))
         self.samples[key] = max(before[0], label), max(before[1], score)
 

@@ -97,6 +97,12 @@ class SproProtocol:
         for area in self.areas.values():
             area.add(large)
 
+    def merge(self, other: SproProtocol) -> None:
+        self.good += other.good
+        for name, area in self.areas.items():
+            area.merge(other.areas[name])
+            self.bad[name] += other.bad[name]
+
     def regions_of(self, item: Item) -> list[tuple[Tensor, int]]:
         """Masks (H, W) and saturations of an image's regions, one of each file that marks something.
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,10 +17,15 @@ torch.set_num_threads(1)
 
 from benchmarks.scaling import fed, settings, stepped  # noqa: E402
 from count import TOLD  # noqa: E402
-from default import UsageError  # noqa: E402
+from datasets import build_datasets, protocols  # noqa: E402
+from datasets.folder import Item, Protocol  # noqa: E402
+from default import DataConfig, UsageError  # noqa: E402
+from fake_sets import make_loco  # noqa: E402
 from main import run  # noqa: E402
 from models.work import gradient_bytes, messages  # noqa: E402
+from test import of_all  # noqa: E402
 from utils.run.distributed import (  # noqa: E402
+    alone,
     block,
     from_first,
     highest,
@@ -70,6 +78,32 @@ def check_messages() -> None:
     assert gradients == gradient_bytes(flow) and sorted(others) == sorted([*messages(flow), *TOLD])
 
 
+def check_protocols() -> None:
+    """Metrics of a data set's own, gathered from shares of its images, are those of all images."""
+    root = from_first(lambda: Path(tempfile.mkdtemp()))
+    from_first(lambda: make_loco(root))
+    data = DataConfig(dataset="mvtec-loco", data_path=str(root), input_size=32)
+    images = build_datasets(data, ("pushpins",))[1].items
+
+    def added(items: Sequence[Item]) -> dict[str, Protocol]:
+        found = protocols(data, ("pushpins",), images)
+        for item in items:
+            heat = torch.rand(32, 32, generator=torch.Generator().manual_seed(images.index(item)))
+            found["pushpins"].add(str(item.path), item.label, float(heat.max()), heat)
+        return found
+
+    whole = of_all(added(share(images, 2)))
+    assert list(whole) == (["pushpins"] if rank() == 0 else [])
+    with alone():
+        expected = added(images)["pushpins"].results()
+    for protocol in whole.values():
+        found = protocol.results()
+        assert found.keys() == expected.keys() and len(found) > 5
+        assert all(abs(found[name] - expected[name]) < 1e-12 for name in found)
+    wait()
+    from_first(lambda: shutil.rmtree(root))
+
+
 def refuse() -> None:
     raise UsageError("refused by the first one")
 
@@ -83,3 +117,4 @@ if __name__ == "__main__":
                 say(f"error: {error}")
         check_helpers()
         check_messages()
+        check_protocols()

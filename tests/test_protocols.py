@@ -127,6 +127,26 @@ def test_loco_measures_kinds_apart_at_the_images_own_size(tmp_path: Path) -> Non
     assert {f"AU-sPRO@{limit:g}" for limit in LIMITS} <= found.keys()
 
 
+def test_what_is_gathered_apart_comes_together(tmp_path: Path) -> None:
+    """As several processes gather it; for sample metrics also where views of one sample come apart."""
+    items, whole = loco(tmp_path)
+    parts = [SproProtocol(items, whole.saturations) for _ in range(2)]
+    for number, item in enumerate(items):
+        heat = torch.rand(32, 32, generator=torch.Generator().manual_seed(number))
+        for made in (whole, parts[number % 2]):
+            made.add(str(item.path), item.label, float(heat.max()), heat)
+    assert parts[0].results() != pytest.approx(whole.results(), abs=1e-12, nan_ok=True)
+    parts[0].merge(parts[1])
+    assert parts[0].results() == pytest.approx(whole.results(), abs=1e-12)
+    views = [("a_0001_NG_C1_x.jpg", 1, 0.2), ("a_0001_NG_C2_x.jpg", 1, 0.9), ("b_0002_OK_C1_x.jpg", 0, 0.5)]
+    first, second, all_views = SampleProtocol(), SampleProtocol(), SampleProtocol()
+    for number, (path, label, score) in enumerate(views):
+        for samples in ((first, second)[number % 2], all_views):
+            samples.add(path, label, score, torch.zeros(1, 1))
+    first.merge(second)
+    assert first.samples == all_views.samples
+
+
 def test_loco_saturates_as_the_file_says(tmp_path: Path) -> None:
     items, made = loco(tmp_path)
     for item in items:

@@ -51,6 +51,12 @@ class SproAccumulator:
         self.found.add(values.sort(descending=True).values, masses)
         self.regions += 1
 
+    def merge(self, other: SproAccumulator) -> None:
+        """Add what another one holds."""
+        self.regions += other.regions
+        self.free.merge(other.free)
+        self.found.merge(other.found)
+
     def curve(self) -> Curve:
         """False-positive rate and mean sPRO over all thresholds, from (0, 0); empty without regions."""
         true, false = joined(self.found, self.free)
