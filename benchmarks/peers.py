@@ -5,10 +5,10 @@
 
 DATA holds one folder per class, as in MVTec AD. All images are read once, at the preset's size, and laid out as PNG
 files, from which everybody trains and judges: ours one model for all classes (`peers_ours.py`), theirs one for each
-(`peers_anomalib.py`, in its own environment). Each step is a process of its own, whose peak of memory is measured; maps
-and image scores come back as files. FastFlow and CFlow, which train in epochs, get the processor seconds that our
-training took, shared out by the classes' numbers of images. A row that is finished stays under --work-dir and is not
-made again. Outcome in BENCHMARKS.md.
+(`peers_anomalib.py`, in its own environment). Each step is a process of its own, which says how long it took and how
+much memory it had at most (so this is for Linux); maps and image scores come back as files. FastFlow and CFlow, which
+train in epochs, get the processor seconds that our training took, shared out by the classes' numbers of images. A row
+that is finished stays under --work-dir and is not made again. Outcome in BENCHMARKS.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,10 @@ NOT_RUN = "EfficientAD is not run: it takes no other backbone, and its teacher's
 MIB = 1 << 20
 
 
-def lay_out(data_path: str, folder: Path) -> None:
-    """Images of all classes as PNG files of the `cpu` preset's size, (S, S, 3), in FOLDER/train/CLASS and
-    FOLDER/test/CLASS; labels (N,) and masks (N, S, S) of the latter in FOLDER/truth/CLASS.npz. Does nothing the second
-    time.
+def lay_out(data_path: str, folder: Path, **settings: Any) -> None:
+    """Images of all classes as PNG files at the `cpu` preset's size, or as `settings` say, in FOLDER/train/CLASS and
+    FOLDER/test/CLASS, (S, S, 3); labels (N,) and masks (N, S, S) of the latter in FOLDER/truth/CLASS.npz. Does nothing
+    the second time.
 
     Raises:
         UsageError: FOLDER holds other data, an image has more than 8 bits per channel, or what `build_datasets` raises.
@@ -54,7 +54,7 @@ def lay_out(data_path: str, folder: Path) -> None:
         if there != str(Path(data_path).resolve()):
             raise UsageError(f"--work-dir: {folder} holds images of {there}; choose another folder")
         return
-    config = make_config("cpu", dataset="folder", data_path=data_path)
+    config = make_config("cpu", dataset="folder", data_path=data_path, **settings)
     names = resolve_classes(config.data)
     for part, images in zip(("train", "test"), build_datasets(config.data, names), strict=True):
         for index, name in enumerate(names):
@@ -102,29 +102,21 @@ def metrics_of(folder: Path, name: str) -> dict[str, ClassResult]:
     return found
 
 
-def measured(command: Sequence[str], threads: int) -> float:
-    """Run a command; the most memory that its process had, in MiB.
+def step(name: str, what: str, options: argparse.Namespace, *flags: str) -> dict[str, Any]:
+    """Train or judge in a process of its own, and read what it leaves.
 
     Raises:
         UsageError: it failed; what it said stands above.
     """
-    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    process = subprocess.Popen(command, env=os.environ | counts)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise UsageError(f"{' '.join(map(str, command[:4]))} failed with status {process.returncode}")
-    return usage.ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
-
-
-def step(name: str, what: str, options: argparse.Namespace, *flags: str) -> dict[str, Any]:
-    """Train or judge; what the step found, and the most memory that it took."""
     folder = Path(options.work_dir)
     python = sys.executable if name in OURS else options.python
     script = Path(__file__).with_name("peers_ours.py" if name in OURS else "peers_anomalib.py")
     words = ["--seed", str(options.seed), "--threads", str(options.threads), *flags]
-    memory = measured([str(python), str(script), what, name, str(folder), *words], options.threads)
-    return json.loads((folder / name / f"{what}.json").read_text(encoding="utf-8")) | {"memory": memory}
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(options.threads))
+    done = subprocess.run([python, str(script), what, name, str(folder), *words], env=os.environ | counts)
+    if done.returncode:
+        raise UsageError(f"{name}: {script.name} {what} failed with status {done.returncode}")
+    return json.loads((folder / name / f"{what}.json").read_text(encoding="utf-8"))
 
 
 def row_of(name: str, options: argparse.Namespace) -> dict[str, Any]:

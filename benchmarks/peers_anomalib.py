@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -224,6 +225,11 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def most_memory() -> float:
+    """The most memory that this process has had, in MiB."""
+    return int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))[0]) / 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("step", choices=["train", "judge"])
@@ -240,7 +246,7 @@ def main() -> None:
     with quiet():
         found = (train if options.step == "train" else judge)(options.name, options.folder, options)
     path = options.folder / options.name / f"{options.step}.json"
-    path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(found | {"memory": most_memory()}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

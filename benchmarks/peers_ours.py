@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -91,6 +92,11 @@ def judged(
     return maps, scores, seconds
 
 
+def most_memory() -> float:
+    """The most memory that this process has had, in MiB."""
+    return int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))[0]) / 1024
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("step", choices=["train", "judge"])
@@ -104,7 +110,7 @@ def main(words: list[str] | None = None) -> None:
     (options.folder / options.name / "maps").mkdir(parents=True, exist_ok=True)
     found = (train if options.step == "train" else judge)(options.name, options.folder, options)
     path = options.folder / options.name / f"{options.step}.json"
-    path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(found | {"memory": most_memory()}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
