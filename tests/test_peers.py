@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("peers")
     make_mvtec(root / "data", size=80)
     peers.lay_out(str(root / "data"), root / "work", input_size=64)
-    for step in ("train", "judge"):
+    for step in ("train", "test"):
         peers_ours.main([step, "cpu", str(root / "work"), "--flags", *TINY, "--memory", "6", "--holdout", "0.2"])
     return root / "work"
 
@@ -105,10 +105,17 @@ def test_rows_are_kept_and_compared(
 
 
 def test_a_step_says_what_it_took_and_a_failed_one_is_named(folder: Path) -> None:
-    for what in ("train", "judge"):
-        said = json.loads((folder / "cpu" / f"{what}.json").read_text(encoding="utf-8"))
-        assert all(seconds > 0 for seconds in said["seconds"].values())
-        assert 100 < said["memory"] < 10_000
     options = argparse.Namespace(work_dir=str(folder), python="false", seed=1, threads=1)
-    with pytest.raises(UsageError, match=r"PaDiM: peers_anomalib\.py judge failed with status 1"):
-        peers.step("PaDiM", "judge", options)
+    with pytest.raises(UsageError, match=r"PaDiM: peers_anomalib\.py test failed with status 1"):
+        peers.step("PaDiM", "test", options)
+    (folder / "CFlow").mkdir(exist_ok=True)
+    for name, seconds, memory in (("a.b", 2.0, 700.0), ("grid", 3.0, 900.0)):
+        said = {"seconds": seconds, "epochs": 1.5, "memory": memory}
+        (folder / "CFlow" / f"{name}.train.json").write_text(json.dumps(said), encoding="utf-8")
+    options.python = "true"
+    took = peers.step("CFlow", "train", options)
+    assert took == {"seconds": {"a.b": 2.0, "grid": 3.0}, "epochs": {"a.b": 1.5, "grid": 1.5}, "memory": 900.0}
+    ours = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in (folder / "cpu").glob("*.json")}
+    assert {"all.train.json", "bottle.test.json", "grid.test.json"} <= set(ours)
+    for took in (said for name, said in ours.items() if name != "row.json"):
+        assert took["seconds"] > 0 and 100 < took["memory"] < 10_000
