@@ -18,7 +18,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,41 +83,52 @@ def written(images: ImageFolder, folder: Path) -> dict[str, np.ndarray]:
     return {"labels": np.array([label for label, _ in samples]), "masks": np.stack([mask for _, mask in samples])}
 
 
-def metrics_of(folder: Path, name: str) -> dict[str, ClassResult]:
+def chosen(folder: Path, asked: Sequence[str] | None) -> list[str]:
+    """The classes that were asked for, all that are laid out without any.
+
+    Raises:
+        UsageError: there is no such class.
+    """
+    known = sorted(path.stem for path in (folder / "truth").glob("*.npz"))
+    for name in asked or ():
+        if name not in known:
+            raise UsageError(f"--classes: {name!r} is not there; choose from {', '.join(known)}")
+    return [name for name in known if not asked or name in asked]
+
+
+def metrics_of(folder: Path, name: str, classes: Sequence[str]) -> dict[str, ClassResult]:
     """Our evaluation of the maps and image scores that FOLDER/NAME/maps hands over, by class.
 
     Raises:
         UsageError: a class has no maps, or others than its images.
     """
     found = {}
-    for path in sorted((folder / "truth").glob("*.npz")):
-        handed = folder / name / "maps" / path.name
+    for own in classes:
+        handed = folder / name / "maps" / f"{own}.npz"
         if not handed.is_file():
-            raise UsageError(f"{name}: no maps of {path.stem} in {handed.parent}")
-        with np.load(path) as truth, np.load(handed) as said:
+            raise UsageError(f"{name}: no maps of {own} in {handed.parent}")
+        with np.load(folder / "truth" / f"{own}.npz") as truth, np.load(handed) as said:
             try:
-                found[path.stem] = evaluate_maps(truth["labels"], said["scores"], truth["masks"], said["maps"])
+                found[own] = evaluate_maps(truth["labels"], said["scores"], truth["masks"], said["maps"])
             except (KeyError, ValueError) as error:
                 raise UsageError(f"{name}: {handed}: {error}") from error
     return found
 
 
 def step(name: str, what: str, options: argparse.Namespace, *flags: str) -> dict[str, Any]:
-    """Train or judge in a process of its own, and read what it leaves: seconds by class, and the most memory (MiB).
+    """Train or judge, in a process of its own, what is not done yet, and read what it leaves.
+
+    Returns seconds and epochs by class, and the most memory (MiB).
 
     Raises:
         UsageError: it failed; what it said stands above.
     """
     folder = Path(options.work_dir)
-    python = sys.executable if name in OURS else options.python
-    script = Path(__file__).with_name("peers_ours.py" if name in OURS else "peers_anomalib.py")
-    words = ["--seed", str(options.seed), "--threads", str(options.threads), *flags]
-    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(options.threads))
-    done = subprocess.run([python, str(script), what, name, str(folder), *words], env=os.environ | counts)
-    if done.returncode:
-        raise UsageError(f"{name}: {script.name} {what} failed with status {done.returncode}")
-    left = {path.name.removesuffix(f".{what}.json"): path for path in sorted((folder / name).glob(f"*.{what}.json"))}
-    took = {key: json.loads(path.read_text(encoding="utf-8")) for key, path in left.items()}
+    keys = ["all"] if name in OURS and what == "train" else options.classes
+    paths = {key: folder / name / f"{key}.{what}.json" for key in keys}
+    if not all(path.is_file() for path in paths.values()):
+        run(name, what, options, *flags)
+    took = {key: json.loads(path.read_text(encoding="utf-8")) for key, path in paths.items()}
     return {
         "seconds": {key: one["seconds"] for key, one in took.items()},
         "epochs": {key: one["epochs"] for key, one in took.items() if "epochs" in one},
@@ -125,41 +136,47 @@ def step(name: str, what: str, options: argparse.Namespace, *flags: str) -> dict
     }
 
 
+def run(name: str, what: str, options: argparse.Namespace, *flags: str) -> None:
+    """The step's process. Raises `UsageError` if it fails."""
+    python = sys.executable if name in OURS else options.python
+    script = Path(__file__).with_name("peers_ours.py" if name in OURS else "peers_anomalib.py")
+    words = [what, name, options.work_dir, "--seed", str(options.seed), "--threads", str(options.threads), *flags]
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(options.threads))
+    done = subprocess.run([python, str(script), *words], env=os.environ | counts)
+    if done.returncode:
+        raise UsageError(f"{name}: {script.name} {what} failed with status {done.returncode}")
+
+
 def row_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All that is said of a model, made unless it is there."""
+    """All that is said of a model."""
     folder = Path(options.work_dir)
-    kept = folder / name / "row.json"
-    if kept.is_file():
-        return json.loads(kept.read_text(encoding="utf-8"))
     flags = [] if name in OURS else their_flags(folder, options)
     trained, judged = step(name, "train", options, *flags), step(name, "test", options, *flags)
-    classes = metrics_of(folder, name)
-    images = sum(len(np.load(path)["labels"]) for path in (folder / "truth").glob("*.npz"))
-    row = {
+    classes = metrics_of(folder, name, options.classes)
+    images = sum(len(np.load(folder / "truth" / f"{own}.npz")["labels"]) for own in options.classes)
+    files = [folder / name / f"{key}.pt" for key in trained["seconds"]]
+    return {
         "classes": {key: asdict(result) for key, result in classes.items()}, "mean": asdict(mean_results(classes)),
-        "models": len(trained["seconds"]), "train": trained, "judge": judged,
+        "models": len(files), "train": trained, "test": judged, "bytes": sum(path.stat().st_size for path in files),
         "images_per_second": images / sum(judged["seconds"].values()),
-        "bytes": sum(path.stat().st_size for path in (folder / name).glob("*.pt")), "flags": flags,
     }  # fmt: skip
-    kept.write_text(json.dumps(row, indent=1), encoding="utf-8")
-    return row
 
 
 def their_flags(folder: Path, options: argparse.Namespace) -> list[str]:
     """What anomalib's models are told: the budget is what our `cpu` preset took, unless one is given."""
-    budget, ours = options.budget, folder / OURS[0] / "row.json"
+    budget, ours = options.budget, folder / OURS[0] / "all.train.json"
     if budget is None and not ours.is_file():
         raise UsageError(f"--budget: give one, or make the row {OURS[0]!r} first, whose seconds are the default")
     if budget is None:
-        budget = sum(json.loads(ours.read_text(encoding="utf-8"))["train"]["seconds"].values())
+        budget = json.loads(ours.read_text(encoding="utf-8"))["seconds"]
     chosen = ["--coreset", str(options.coreset), "--normalization", options.normalization]
-    return ["--budget", str(round(budget)), *chosen]
+    return ["--budget", str(round(budget)), *chosen, "--classes", *options.classes]
 
 
 def cells(name: str, row: Mapping[str, Any]) -> list[str]:
     """A line of the table."""
     result, rate = ClassResult(**row["mean"]), row["images_per_second"]
-    memory = f"{row['train']['memory'] / 1024:.1f}, {row['judge']['memory'] / 1024:.1f}"
+    memory = f"{row['train']['memory'] / 1024:.1f}, {row['test']['memory'] / 1024:.1f}"
     return [
         name, str(row["models"]), *(percent(getattr(result, metric)) for metric in METRICS), percent(result.mad),
         f"{sum(row['train']['seconds'].values()):.0f}", f"{rate:.1f}", f"{rate / (100 * result.mad):.3f}", memory,
@@ -198,6 +215,7 @@ def main() -> None:
     parser.add_argument("--python", help="the interpreter of an environment with anomalib")
     parser.add_argument("--work-dir", default="work_dirs/peers")
     parser.add_argument("--only", nargs="+", choices=[*OURS, *PEERS], default=[OURS[0], *PEERS], metavar="ROW")
+    parser.add_argument("--classes", nargs="+", help="those that theirs are trained for, and all judge (default: all)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, help="seconds of FastFlow's and CFlow's trainings (default: ours)")
@@ -211,8 +229,10 @@ def main() -> None:
     folder, rows = Path(options.work_dir), {}
     try:
         lay_out(options.data_path, folder)
+        options.classes = chosen(folder, options.classes)
         for name in options.only:
             rows[name] = row_of(name, options)
+            (folder / name / "row.json").write_text(json.dumps(rows[name], indent=1), encoding="utf-8")
             print("\n" + table({name: rows[name]}), flush=True)
     except UsageError as error:
         parser.error(str(error))
