@@ -150,7 +150,7 @@ def run(name: str, what: str, options: argparse.Namespace, *flags: str) -> None:
 def row_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """All that is said of a model."""
     folder = Path(options.work_dir)
-    flags = [] if name in OURS else their_flags(folder, options)
+    flags = ["--classes", *options.classes, *([] if name in OURS else their_flags(folder, options))]
     trained, judged = step(name, "train", options, *flags), step(name, "test", options, *flags)
     classes = metrics_of(folder, name, options.classes)
     images = sum(len(np.load(folder / "truth" / f"{own}.npz")["labels"]) for own in options.classes)
@@ -169,8 +169,8 @@ def their_flags(folder: Path, options: argparse.Namespace) -> list[str]:
         raise UsageError(f"--budget: give one, or make the row {OURS[0]!r} first, whose seconds are the default")
     if budget is None:
         budget = json.loads(ours.read_text(encoding="utf-8"))["seconds"]
-    chosen = ["--coreset", str(options.coreset), "--normalization", options.normalization]
-    return ["--budget", str(round(budget)), *chosen, "--classes", *options.classes]
+    others = ["--coreset", str(options.coreset), "--normalization", options.normalization]
+    return ["--budget", str(round(budget)), *others]
 
 
 def cells(name: str, row: Mapping[str, Any]) -> list[str]:

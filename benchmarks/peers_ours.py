@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ from train import run_training
 from utils.run.checkpoint import read_checkpoint
 
 BATCH = 16
+Took = tuple[str, dict[str, Any]]  # a class (of a training: all), and what a step took for it
 
 
-def train(name: str, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def train(name: str, folder: Path, options: argparse.Namespace) -> Iterator[Took]:
     """FOLDER/NAME/run, and the checkpoint without what only training needs as FOLDER/NAME/all.pt."""
     begin = time.process_time()
     words = [
@@ -50,7 +52,7 @@ def train(name: str, folder: Path, options: argparse.Namespace) -> dict[str, dic
     judging = {key: value for key, value in content.items() if key not in ("optimizer", "random")}
     torch.save(judging, folder / name / "all.pt")
     epochs = config.train.meta_epochs * config.train.sub_epochs
-    return {"all": {"seconds": seconds, "epochs": epochs, "torch": torch.__version__}}
+    yield "all", {"seconds": seconds, "epochs": epochs, "torch": torch.__version__}
 
 
 def pictures(folder: Path) -> NDArray[np.uint8]:
@@ -58,19 +60,24 @@ def pictures(folder: Path) -> NDArray[np.uint8]:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
 
 
-def judge(name: str, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Maps and scores of all test images, class by class; seconds from pixels in memory to both."""
+def judge(name: str, folder: Path, options: argparse.Namespace) -> Iterator[Took]:
+    """Maps and scores of test images, class by class; seconds from pixels in memory to both."""
     path = folder / name / "all.pt"
     content = read_checkpoint(path)
     config = settled_config(content, make_config(device="cpu"), {"device": "cpu"}, str(path))
     stage = Stage(config, normalization_of(content))
     detector = load_detector(content, stage, str(path)).eval()
-    found = {}
-    for images in sorted(path for path in (folder / "test").iterdir() if path.is_dir()):
-        maps, scores, seconds = judged(stage, detector, config, pictures(images))
-        np.savez(folder / name / "maps" / f"{images.name}.npz", maps=maps, scores=scores)
-        found[images.name] = {"seconds": seconds}
-    return found
+    classes = sorted(path.name for path in (folder / "test").iterdir() if path.is_dir())
+    for own in (own for own in classes if not options.classes or own in options.classes):
+        if not record(folder / name, own, "test").is_file():
+            maps, scores, seconds = judged(stage, detector, config, pictures(folder / "test" / own))
+            np.savez(folder / name / "maps" / f"{own}.npz", maps=maps, scores=scores)
+            yield own, {"seconds": seconds}
+
+
+def record(folder: Path, key: str, step: str) -> Path:
+    """Where it stands what a step took, of a class or of all."""
+    return folder / f"{key}.{step}.json"
 
 
 def judged(
@@ -103,15 +110,15 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("step", choices=["train", "test"], help="train a model, or judge the test images")
     parser.add_argument("name", choices=list(PRESETS))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--classes", nargs="+", default=[], help="to judge (default: all)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of main.py, come last")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     (options.folder / options.name / "maps").mkdir(parents=True, exist_ok=True)
-    found = (train if options.step == "train" else judge)(options.name, options.folder, options)
-    for key, took in found.items():
-        path = options.folder / options.name / f"{key}.{options.step}.json"
+    for key, took in (train if options.step == "train" else judge)(options.name, options.folder, options):
+        path = record(options.folder / options.name, key, options.step)
         path.write_text(json.dumps(took | {"memory": most_memory()}, indent=1), encoding="utf-8")
 
 
