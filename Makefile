@@ -7,6 +7,7 @@ BIN := bin
 endif
 PY := .venv/$(BIN)/python
 FLOORS := .venv-floors/$(BIN)/python
+PEERS := .venv-peers/$(BIN)/python
 
 # More flags for the paper's tables, the last one of a kind counts: make ablation ARGS="--preset cpu --seeds 1 2 3"
 ARGS ?=
@@ -15,7 +16,7 @@ ABLATION = $(PY) main.py --preset paper-mvtec --resume $(ARGS) --work-dir $(ABLA
 ABLATION_RUNS = $(foreach name,plain cpc cpc-naive cpc-residual cpc-residual-pos cpc-residual-pos-mixed,$(ABLATION_DIR)/$(name)-seed[0-9]*)
 
 .PHONY: help setup demo paper-mvtec paper-visa paper-cifar10 ablation benchmark-metrics test test-floors torture lint types check \
-	audit soak benchmark-gpu clean
+	audit soak benchmark-gpu benchmark-peers clean
 
 help:
 	@echo "make demo    train and evaluate on the built-in sample (about 3 minutes on 2 cores once installed)"
@@ -28,6 +29,7 @@ help:
 	@echo "make audit   known weaknesses of what is installed (needs the network), and a table of its licences"
 	@echo "make soak    thousands of steps and predictions, watched for what grows (about 10 minutes)"
 	@echo "make benchmark-gpu    speed, memory and right results on this machine's GPU, written to BENCHMARKS.md (8 minutes)"
+	@echo "make benchmark-peers ARGS='--data-path DATA'    our models beside anomalib's on your images, in .venv-peers (some GB)"
 	@echo "make lint    ruff;  make types: mypy;  make check: lint, types and tests"
 
 setup: .venv/ready
@@ -68,6 +70,14 @@ benchmark-metrics: setup
 benchmark-gpu: setup
 	$(PY) benchmarks/gpu.py $(ARGS)
 
+benchmark-peers: setup .venv-peers/ready
+	$(PY) benchmarks/peers.py --python $(PEERS) $(ARGS)
+
+.venv-peers/ready: benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS) -m pip install --quiet -r benchmarks/requirements-peers.txt
+	@echo ready > .venv-peers/ready
+
 test: setup
 	$(PY) -m pytest -n auto --dist loadfile
 
@@ -103,4 +113,4 @@ soak: setup
 	$(PY) benchmarks/soak.py
 
 clean:
-	rm -rf .venv .venv-floors build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-floors .venv-peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -91,21 +91,28 @@ def resolve_classes(data: DataConfig) -> tuple[str, ...]:
 
 def class_folder(data: DataConfig, name: str) -> Path:
     """Where a class of the data set lies, or would; the root / NAME also where classes are no folders."""
+    return class_folders(data, (name,))[name]
+
+
+def class_folders(data: DataConfig, names: Sequence[str]) -> dict[str, Path]:
+    """As `class_folder`, of several classes: the root is looked at once."""
     spec, root = SPECS[data.dataset], resolve_root(data)
     own = {} if spec.classes or spec.found else walk.own_classes(root, data.good_names)
-    return own.get(name, root / name)
+    return {name: own.get(name, root / name) for name in names}
 
 
-def is_there(data: DataConfig, name: str) -> bool:
-    """Whether the data set holds a class."""
+def those_there(data: DataConfig, names: Sequence[str]) -> set[str]:
+    """Those of some classes that the data set holds."""
     found = SPECS[data.dataset].found
-    return class_folder(data, name).is_dir() if found is None else name in found(resolve_root(data))
+    if found is not None:
+        return set(names) & set(found(resolve_root(data)))
+    return {name for name, folder in class_folders(data, names).items() if folder.is_dir()}
 
 
 def present_classes(data: DataConfig, class_names: Sequence[str]) -> tuple[str, ...]:
     """Those of a model's classes that the data set holds; a line says so if it does not hold all of them."""
-    root = resolve_root(data)
-    there = tuple(name for name in class_names if is_there(data, name))
+    root, known = resolve_root(data), those_there(data, class_names)
+    there = tuple(name for name in class_names if name in known)
     if len(there) < len(class_names):
         names = ", ".join(there) or "none"
         print(one_line(f"{root} holds {len(there)} of the model's {len(class_names)} classes: {names}"))
@@ -150,7 +157,8 @@ def unlabelled(data: DataConfig) -> dict[str, list[Path]]:
     """The images that lie in `test` itself, by class, of classes that have any; of a user's own images alone."""
     if SPECS[data.dataset].classes or SPECS[data.dataset].found:
         return {}
-    found = {name: walk.loose_images(class_folder(data, name) / "test") for name in resolve_classes(data)}
+    folders = class_folders(data, resolve_classes(data))
+    found = {name: walk.loose_images(folder / "test") for name, folder in folders.items()}
     return {name: paths for name, paths in found.items() if paths}
 
 
@@ -160,13 +168,14 @@ def scan_classes(data: DataConfig, class_names: Sequence[str]) -> dict[str, Scan
     Raises:
         UsageError: there is none, or it is incomplete.
     """
-    spec, scans = SPECS[data.dataset], {}
+    spec, scans, there = SPECS[data.dataset], {}, those_there(data, class_names)
+    folders = class_folders(data, class_names)
     expected = f"; expected {spec.layout}" if spec.layout else ""
     for index, name in enumerate(class_names):
-        if not is_there(data, name):
+        if name not in there:
             raise UsageError(f"--data-path: no folder of the class {name!r} in {resolve_root(data)}{expected}")
         try:
-            scans[name] = spec.scan(class_folder(data, name), index, data.good_names)
+            scans[name] = spec.scan(folders[name], index, data.good_names)
         except UsageError as error:
             if not str(error).startswith("--data-path"):  # of a single file, not of the tree
                 raise
@@ -218,10 +227,12 @@ def tell_readings(readings: Mapping[str, Reading]) -> None:
 def evenly_spread(dataset: ImageFolder, share: float = 0.0, seed: int | None = None) -> tuple[int, ...]:
     """Numbers of some images of each class at equal distances, with a seed random ones: a `share` of them, one at
     least; without a share at most `CALIBRATION`."""
+    by_class: dict[int, list[int]] = {}
+    for number, item in enumerate(dataset.items):
+        by_class.setdefault(item.class_index, []).append(number)
     chosen: list[int] = []
     shuffle = random.Random(seed).shuffle if seed is not None else None
-    for index in sorted({item.class_index for item in dataset.items}):
-        numbers = [n for n, item in enumerate(dataset.items) if item.class_index == index]
+    for _, numbers in sorted(by_class.items()):
         count = max(round(share * len(numbers)), 1) if share else min(CALIBRATION, len(numbers))
         if shuffle is not None:
             shuffle(numbers)
