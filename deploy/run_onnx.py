@@ -16,6 +16,8 @@ import onnxruntime
 from PIL import Image
 
 COLUMNS = ("path", "score", "p_value", "threshold", "verdict", "peak_x", "peak_y", "peak_value", "error")
+MOVES = (*range(32), *range(127, 160), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))  # cursors
+SHOWN = {number: ascii(chr(number))[1:-1] for number in MOVES}
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # by the tag, what turns a picture upright
 
 
@@ -67,9 +69,8 @@ def drawn(values, count):  # rows interpolated to so many
 def look(session, facts, image):  # what the model says of a picture, and the rows and columns that its map is of
     (side, x0, x1, left, right), (_, y0, y1, top, bottom) = (axis(own, image.size, facts) for own in image.size)
     seen = image.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS, (left, top, right, bottom)).convert("RGB")
-    pixels = np.pad(np.asarray(seen), ((y0, side - y1), (x0, side - x1), (0, 0)), "edge")
-    outputs = zip(session.get_outputs(), session.run(None, {"image": pixels[None]}), strict=True)
-    found = {output.name: value[0] for output, value in outputs}
+    pixels = np.pad(np.asarray(seen), ((y0, side - y1), (x0, side - x1), (0, 0)), "edge")[None]
+    found = {o.name: v[0] for o, v in zip(session.get_outputs(), session.run(None, {"image": pixels}), strict=True)}
     x0, x1, y0, y1 = (round(edge * len(found["map"]) / side) for edge in (x0, x1, y0, y1))
     x, y, right, bottom = (round(edge) for edge in (left, top, right, bottom))
     part = drawn(found["map"][y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)], max(bottom - y, 1))
@@ -78,8 +79,7 @@ def look(session, facts, image):  # what the model says of a picture, and the ro
 
 
 def cell(text):  # in one line, and behind an apostrophe where a spreadsheet would compute it
-    text = os.fsencode(text).decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    text = os.fsencode(text).decode("utf-8", "backslashreplace").translate(SHOWN)
     return "'" * text.startswith(("=", "+", "-", "@")) + text
 
 
