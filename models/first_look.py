@@ -35,42 +35,59 @@ def first_look(
     """
     flow, memory, context = detector.flow, detector.scorer.memory, detector.scorer.context
     seeded = flow.config.codebooks == "seeded" and (flow.config.quantize_enable or flow.config.semantics == "pooled")
-    placed = seeded or context is not None
     remembering = Remembering(memory, images=images, size=flow.config.memory) if memory is not None else None
-    if not (flow.config.standardize or placed or remembering):
+    sample = Sample(flow, images) if seeded or context is not None else None
+    keepers = [keeper for keeper in (sample, remembering) if keeper is not None]
+    if not (flow.config.standardize or keepers):
         return
-    statistics, choice, chosen = ChannelStatistics(len(flow.channels)), Choice(images=images, size=SEED_IMAGES), []
+    statistics = ChannelStatistics(len(flow.channels))
     for kept in passes():
-        pooled = flow.pool(kept)
-        statistics.add(pooled)
-        if shared():
-            continue
-        if placed:
-            rows = choice.rows(pooled[0])
-            chosen += [[h[row] for h in pooled] for row in rows]
-        if remembering is not None:
-            remembering.add(kept)
+        statistics.add(flow.pool(kept))
+        for keeper in () if shared() else keepers:
+            keeper.add(kept)
     if flow.config.standardize:
         flow.set_statistics(of_all(statistics, flow.statistics()[0]) if shared() else statistics)
     if shared():
         assert again is not None
-        if placed:
-            chosen = [list(row) for kept in again(only_chosen(choice)) for row in zip(*flow.pool(kept), strict=True)]
-        if remembering is not None:
-            for kept in again(only_chosen(remembering.choice)):
-                remembering.add(kept)
-    order = [chosen[i] for i in torch.randperm(len(chosen)).tolist()]
-    samples = [flow.standardize(part) for part in stacked(order, batch_size)]
-    if seeded:
-        flow.train()
-        with alone():  # the same in all processes
-            flow.hierarchy.seed(samples)
+        for keeper in keepers:
+            for kept in again(only_chosen(keeper.choice)):
+                keeper.add(kept)
+    if sample is not None:
+        start(detector, list(sample.batches(batch_size)), seeded)
     if remembering is not None:
         remembering.finish(*flow.statistics())
     if context is not None:
-        for level, parts in zip(context.surrounded, zip(*samples, strict=True), strict=True):
-            level.set_basis(torch.cat(parts))
         fit_context(context, flow, passes())
+
+
+class Sample:
+    """Features of up to `SEED_IMAGES` of `images` images, as the flow pools them."""
+
+    def __init__(self, flow: VQFlow, images: int) -> None:
+        self.flow, self.choice = flow, Choice(images=images, size=SEED_IMAGES)
+        self.rows: list[list[Tensor]] = []
+
+    def add(self, kept: Sequence[Tensor]) -> None:
+        """The next images."""
+        rows = self.choice.rows(kept[0])
+        if len(rows):
+            self.rows += map(list, zip(*self.flow.pool([h[rows] for h in kept]), strict=True))
+
+    def batches(self, size: int) -> Iterator[list[Tensor]]:
+        """Standardized ones, of at most `size` images, in random order."""
+        order = [self.rows[i] for i in torch.randperm(len(self.rows)).tolist()]
+        return (self.flow.standardize(part) for part in stacked(order, size))
+
+
+def start(detector: Detector, samples: Sequence[Sequence[Tensor]], seeded: bool) -> None:
+    """Codes, if they are `seeded`, and a context's principal directions, where the samples are."""
+    if seeded:
+        detector.flow.train()
+        with alone():  # the same in all processes
+            detector.flow.hierarchy.seed(samples)
+    if detector.scorer.context is not None:
+        for level, parts in zip(detector.scorer.context.surrounded, zip(*samples, strict=True), strict=True):
+            level.set_basis(torch.cat(parts))
 
 
 @torch.no_grad()
