@@ -39,7 +39,12 @@ CALIBRATED = ("surprise", "contrast")  # scores in units of what normal images h
 JUDGING = ("test", "predict", "export", "submit")  # modes that need a checkpoint
 ENGINES = ("auto", "torch", "onnxruntime", "openvino")  # what computes a prediction
 MANY_IMAGES, SOME_IMAGES = 300, 30  # from which on another engine saves more time than its graph and its trial take
-MODES = ("train", "test", "predict", "table", "export", "cache", "inspect", "submit")
+MODES = ("train", "test", "predict", "table", "export", "cache", "inspect", "submit", "plan")
+GPUS: dict[str, tuple[float, ...]] = {  # as their makers state: GB, GB/s, TFLOP/s in float32, TF32 and bfloat16, dense
+    "v100": (32, 900, 15.7, 15.7, 15.7), "rtx3090": (24, 936, 35.6, 35.6, 71), "rtx4090": (24, 1008, 82.6, 82.6, 165),
+    "l40s": (48, 864, 91.6, 183, 362), "a100": (80, 2039, 19.5, 156, 312), "h100": (80, 3350, 67, 494, 989),
+    "h200": (141, 4800, 67, 494, 989),
+}  # fmt: skip
 PRECISIONS = ("float32", "float16", "int8")  # of ONNX files
 
 
@@ -224,6 +229,13 @@ class DataConfig(Part):
         low=0.0,
         high=0.5,
     )
+    holdout_seed: int | None = option(
+        None,
+        "draw the images of --holdout at random, by this seed (default: at equal distances, the same in every run)",
+        binds="data",
+        low=0,
+        high=2**32 - 1,
+    )
     workers: int | None = option(
         None, "processes that read images (default: 0 on a CPU, up to 8 with a GPU)", binds="free", low=0, high=256
     )
@@ -340,6 +352,13 @@ class ModelConfig(Part):
         binds="model",
         low=0,
         high=1 << 20,
+    )
+    memory_place: str = option(
+        "auto",
+        "where those features lie while they are searched: on the device, or in main memory, from which those of the "
+        "most similar images are fetched; auto: in main memory if they take more than half of a GPU",
+        binds="free",
+        choices=("auto", "device", "host"),
     )
     clamp: float = option(1.9, "bound on the log-scale of the couplings", binds="model", low=0.01, high=20.0)
     codebooks: str = option(
@@ -575,6 +594,39 @@ class PredictConfig(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanConfig(Part):
+    """What --mode plan reckons with."""
+
+    images: int | None = option(None, "training images", binds="free", low=1, high=10**12)
+    test_images: int | None = option(
+        None, "test images of an evaluation (default: a tenth of --images)", binds="free", low=0, high=10**12
+    )
+    gpus: int = option(1, "processes, each with a GPU", binds="free", low=1, high=100_000)
+    gpu: str = option(
+        "a100", "whose memory and rates are assumed, as its maker states them", binds="free", choices=tuple(GPUS)
+    )
+    tflops: tuple[float, ...] | None = option(
+        None,
+        "10^12 operations/s of products instead of the GPU's: one value, or three (float32, TF32, bfloat16)",
+        binds="free",
+        low=1e-6,
+    )
+    bandwidth: float | None = option(None, "GB/s of the memory of a GPU instead of its own", binds="free", low=1e-3)
+    efficiency: float = option(0.4, "share of these rates that is reached", binds="free", low=1e-3, high=1.0)
+    interconnect: float = option(
+        25.0, "GB/s that a GPU sends to the others, all of them at once", binds="free", low=1e-6
+    )
+    latency: float = option(50.0, "microseconds that a sum over all GPUs takes at least", binds="free", low=0.0)
+    storage: float = option(1.0, "GB/s that a process reads features from disk with", binds="free", low=1e-6)
+    reading: float = option(50.0, "images/s that one of the --workers decodes and resizes", binds="free", low=1e-6)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tflops is not None and len(self.tflops) not in (1, 3):
+            raise UsageError(f"--tflops: expected one value or three, but got {len(self.tflops)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Part):
     """Where and on what the program runs."""
 
@@ -585,7 +637,7 @@ class RunConfig(Part):
         "- for a list of them on standard input",
         binds="free",
     )
-    json: bool = option(False, "print what --mode inspect finds as JSON", binds="free")
+    json: bool = option(False, "print what --mode inspect finds, or --mode plan counts, as JSON", binds="free")
     precision: tuple[str, ...] = option(
         ("float32",),
         "what --mode export writes, a file each: as trained, products in half precision, or the extractor's in 8-bit "
@@ -648,11 +700,14 @@ class Config:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     predict: PredictConfig = PredictConfig()
+    plan: PlanConfig = PlanConfig()
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
         if self.run.mode in JUDGING and not self.eval.eval_ckpt:
             raise UsageError(f"--eval_ckpt: expected a checkpoint file in --mode {self.run.mode}, but got none")
+        if self.run.mode == "plan" and self.plan.images is None:
+            raise UsageError("--images: expected how many images are trained on in --mode plan, but got none")
         if self.data.pre_extract and self.data.cache == "none":
             raise UsageError("--pre-extract: contradicts --cache none; leave one of them out")
         if self.train.noise and not self.model.standardize:
@@ -681,7 +736,7 @@ class Config:
 
 PARTS: dict[str, type[Part]] = {
     "data": DataConfig, "model": ModelConfig, "train": TrainConfig, "eval": EvalConfig, "predict": PredictConfig,
-    "run": RunConfig,
+    "plan": PlanConfig, "run": RunConfig,
 }  # fmt: skip
 
 
@@ -706,8 +761,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper-visa": _PAPER | {"dataset": "visa"},
     "released": _PAPER | {"objective": "released", "codebooks": "released", "schedule": "released"},
     "cpu": _SMALL,
-    "accurate": _SMALL | {"pool_type": "none"},
+    "accurate": _SMALL | {"input_size": 320},
     "sample": _SMALL | {"dataset": "sample"},
+    "dinov2": _SMALL | {"extractor": "vit_small_patch14_reg4_dinov2", "input_size": 392, "pool_type": "none"},
 }
 
 

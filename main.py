@@ -25,6 +25,7 @@ from default import (
     PARTS,
     PRESETS,
     Config,
+    PlanConfig,
     UsageError,
     __version__,
     flag_of,
@@ -44,6 +45,7 @@ DESCRIPTION = "Train one VQ-Flow anomaly detector for all classes, evaluate it, 
 # What a switch or choice needs to do anything: its field, the test, the advice.
 _CODEBOOKS = (lambda c: c.model.quantize_enable, "does nothing without --quantize-enable; add that, or leave it out")
 _PREDICTING = (lambda c: c.run.mode == "predict", "does nothing without --mode predict; leave it out")
+_PLANNING = (lambda c: c.run.mode == "plan", "does nothing without --mode plan; add that, or leave it out")
 _TRAINING = (lambda c: c.run.mode == "train", "does nothing without --mode train; leave it out")
 NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "quantize_type": _CODEBOOKS,
@@ -65,13 +67,16 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "fail_on": _PREDICTING,
     "watch": _PREDICTING,
     "precision": (lambda c: c.run.mode == "export", "does nothing without --mode export; add that, or leave it out"),
-    "json": (lambda c: c.run.mode == "inspect", "does nothing without --mode inspect; leave it out"),
+    "json": (
+        lambda c: c.run.mode in ("inspect", "plan"),
+        "does nothing without --mode inspect or plan; leave it out",
+    ),
     "clear": (lambda c: c.run.mode == "cache", "does nothing without --mode cache; add that, or leave it out"),
     "resume": _TRAINING,
     "save_every": _TRAINING,
     "tensorboard": _TRAINING,
     "wandb_enable": _TRAINING,
-}
+} | {entry.name: _PLANNING for entry in fields(PlanConfig)}
 
 
 KEPT = "what was finished before is kept; a training goes on with --resume"
@@ -209,7 +214,7 @@ def run(argv: Sequence[str]) -> int:
         go_offline()
     if dry:
         print(json.dumps({"version": __version__} | to_dict(config), indent=2))
-    elif config.run.mode in ("table", "export") and several():
+    elif config.run.mode in ("table", "export", "plan") and several():
         raise UsageError(f"--mode {config.run.mode}: is the work of one process; leave torchrun out")
     elif config.run.mode == "train":
         for_each_seed(config, train)
@@ -221,6 +226,10 @@ def run(argv: Sequence[str]) -> int:
         from inspect_data import run_inspect
 
         return run_inspect(config)
+    elif config.run.mode == "plan":
+        from plan import run_plan
+
+        run_plan(config)
     elif config.run.mode == "cache":
         from datasets.tidy import tend
 

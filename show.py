@@ -104,8 +104,9 @@ def present(
         for name in ranges if config.report else []:
             with spared(f"report of {name}"):
                 pages[name] = class_page(
-                    result=result.classes[name], curves=result.curves[name], normal=ranges[name], show=show,
-                    images={n: image for n, image in images.items() if image.class_name == name}, share=share,
+                    result=result.classes[name], extra=result.extra.get(name, {}), curves=result.curves[name],
+                    images={n: image for n, image in images.items() if image.class_name == name}, normal=ranges[name],
+                    show=show, share=share,
                 )  # fmt: skip
             bar.update()
     return pages

@@ -329,7 +329,7 @@ def settled_config(content: dict[str, Any], config: Config, chosen: dict[str, An
     here: dict[str, Any] = {
         "device": config.run.device, "work_dir": config.run.work_dir, "workers": config.data.workers,
         "offline": config.run.offline, "compile": config.train.compile, "resume": False, "pre_extract": False,
-        "cache": "none" if saved.data.cache == "none" else "auto",
+        "cache": "none" if saved.data.cache == "none" else "auto", "memory_place": config.model.memory_place,
     }  # fmt: skip
     here |= asdict(config.predict)  # what is written where is never a checkpoint's to say
     values = flat(to_dict(saved)) | here | chosen | {"class_names": asked_classes(config, saved, own, name)}
@@ -449,9 +449,12 @@ def load_decision(content: dict[str, Any], config: Config, name: str) -> Decisio
 def new_scorer(config: ModelConfig, channels: Sequence[int], rule: ScoreRule | None = None) -> Scorer:
     """A scorer that has learnt nothing yet."""
     concepts = config.k_cpc if config.quantize_enable else 1
-    return Scorer(
+    scorer = Scorer(
         channels=channels, memory=bool(config.memory), context=config.context, concepts=concepts, rule=rule
     )  # fmt: skip
+    if scorer.memory is not None:
+        scorer.memory.place = config.memory_place
+    return scorer
 
 
 def load_scorer(content: dict[str, Any], config: ModelConfig, channels: Sequence[int], name: str) -> Scorer:

@@ -12,8 +12,9 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import tifffile
@@ -29,6 +30,7 @@ from stage import find_checkpoints
 from utils.run.folders import new_folder
 from utils.run.progress import progress
 from utils.run.text import printable
+from utils.run.writer import write_whole
 
 MAPS, MASKS, ARCHIVE = "anomaly_images", "anomaly_images_thresholded", "submission.tar.gz"
 HALF_MAX = 65504.0  # of half precision
@@ -77,12 +79,17 @@ def run_submit(config: Config, chosen: dict[str, Any]) -> None:
             write_class(detector, name, validation, private, folder)
             written[name] = [len(images) for images in private.values()]
     assert folder is not None
-    with tarfile.open(folder / ARCHIVE, "w:gz") as archive:
-        for part in (MAPS, MASKS):
-            archive.add(folder / part, arcname=part)
+    write_whole(folder / ARCHIVE, partial(pack, folder))
     for line in lacking(written):
         print(printable(f"warning: not a whole submission: {line}"), file=sys.stderr)
     print(printable(f"{sum(map(sum, written.values()))} images; the submission is {folder / ARCHIVE}"))
+
+
+def pack(folder: Path, file: BinaryIO) -> None:
+    """Write the maps in a folder as an archive."""
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for part in (MAPS, MASKS):
+            archive.add(folder / part, arcname=part)
 
 
 def output_folder(config: Config, checkpoint: Path) -> Path:
@@ -144,8 +151,9 @@ def write_map(folder: Path, name: Path, heat: NDArray[np.float16], threshold: fl
     whole, cut = folder / MAPS / f"{name}.tiff", folder / MASKS / f"{name}.png"
     for path in (whole, cut):
         path.parent.mkdir(parents=True, exist_ok=True)
-    tifffile.imwrite(whole, heat)
-    Image.fromarray(((heat.astype(np.float64) > threshold) * 255).astype(np.uint8)).save(cut)
+    marks = Image.fromarray(((heat.astype(np.float64) > threshold) * 255).astype(np.uint8))
+    write_whole(whole, lambda file: tifffile.imwrite(file, heat), durable=False)
+    write_whole(cut, lambda file: marks.save(file, "PNG"), durable=False)
 
 
 def lacking(written: dict[str, list[int]]) -> list[str]:

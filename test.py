@@ -279,7 +279,7 @@ def run_test(config: Config, chosen: dict[str, Any]) -> None:
                 detector, batches, class_names, own.eval, wanted=pictured(test, own.eval), size=stage.ordered_size,
                 extra=extra, test=test,
             )  # fmt: skip
-        sets = (*split_holdout(train, own.data.holdout), test)
+        sets = (*split_holdout(train, own.data.holdout, own.data.holdout_seed), test)
         ended = ended or Ended(from_first(partial(new_run, own)), own)
         ended.unseen &= are_unseen(*sets[:2])
         ended.add(found)

@@ -46,7 +46,7 @@ def parts_of(config: Config, class_names: tuple[str, ...]) -> list[Part]:
     made = []
     for group in [class_names] if config.data.multi_class else [(name,) for name in class_names]:
         train, test = build_datasets(config.data, group, config.score_size)
-        kept, normal = split_holdout(train, config.data.holdout)
+        kept, normal = split_holdout(train, config.data.holdout, config.data.holdout_seed)
         made.append(Part(classes=group, train=train, kept=kept, normal=normal, test=test))
     return made
 

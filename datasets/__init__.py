@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -219,22 +220,25 @@ def tell_readings(readings: Mapping[str, Reading]) -> None:
             print(one_line(f"{whose}: {reading}"))
 
 
-def evenly_spread(dataset: ImageFolder, share: float = 0.0) -> tuple[int, ...]:
-    """Numbers of some images of each class at equal distances: a `share` of them, one at least; without a share at
-    most `CALIBRATION`."""
+def evenly_spread(dataset: ImageFolder, share: float = 0.0, seed: int | None = None) -> tuple[int, ...]:
+    """Numbers of some images of each class at equal distances, with a seed random ones: a `share` of them, one at
+    least; without a share at most `CALIBRATION`."""
     chosen: list[int] = []
+    shuffle = random.Random(seed).shuffle if seed is not None else None
     for index in sorted({item.class_index for item in dataset.items}):
         numbers = [n for n, item in enumerate(dataset.items) if item.class_index == index]
         count = max(round(share * len(numbers)), 1) if share else min(CALIBRATION, len(numbers))
+        if shuffle is not None:
+            shuffle(numbers)
         chosen += [numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)]
     return tuple(chosen)
 
 
-def split_holdout(normal: ImageFolder, share: float) -> tuple[ImageFolder, ImageFolder]:
+def split_holdout(normal: ImageFolder, share: float, seed: int | None = None) -> tuple[ImageFolder, ImageFolder]:
     """Of normal images those to train on, and those that calibrate.
 
     A class that brings images of its own for that (`Item.held_out`) is calibrated with them, and trained on all others.
-    Of another class a `share` (one at least) at equal distances is kept out of training; without a share all are
+    Of another class a `share` (one at least; see `evenly_spread`) is kept out of training; without a share all are
     trained on, and some of them, at most `CALIBRATION`, calibrate, too.
 
     Raises:
@@ -242,7 +246,7 @@ def split_holdout(normal: ImageFolder, share: float) -> tuple[ImageFolder, Image
     """
     own = {item.class_index for item in normal.items if item.held_out}
     others = normal.having([item for item in normal.items if item.class_index not in own])
-    chosen = {others.items[n] for n in evenly_spread(others, share)}
+    chosen = {others.items[n] for n in evenly_spread(others, share, seed)}
     out = [item for item in normal.items if item.held_out or item in chosen]
     kept = [item for item in normal.items if not item.held_out and not (share and item in chosen)]
     if not kept:

@@ -146,13 +146,13 @@ class Moments:
         self.images, self.places = summed(self.images), summed(self.places)
         self.total, self.products = summed(self.total), summed(self.products)
         mean, common = gaussian(self.total.sum(0), self.products.sum(0), self.places.sum())
-        common.diagonal().add_(FLOOR * common.diagonal().mean())
+        floor = FLOOR * common.diagonal().mean() * torch.eye(len(common), dtype=common.dtype)
         for k, images in enumerate(self.images.tolist()):
             own, covariance = mean, common
             if images:
                 own, covariance = gaussian(self.total[k], self.products[k], self.places[k])
                 covariance = covariance.lerp(common, PRIOR / (PRIOR + images))
-            weight, log_det = conditional(covariance, self.level.channels)
+            weight, log_det = conditional(covariance + floor, self.level.channels)
             self.level.weight[k], self.level.bias[k], self.level.log_det[k] = weight, weight @ own, log_det
 
 

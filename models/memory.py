@@ -8,7 +8,7 @@ section 3). No class label is needed for it: an image of another product is seld
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from torch.nn import functional as F
 
 from utils.run.device import exact_products
 
+ROOM = 0.5  # of a device's free memory that vectors may take there
+AT_ONCE = {"cpu": 1 << 10}  # descriptors compared at a time, in single precision: on a CPU they stay in its cache
+MOST_AT_ONCE = 1 << 16  # elsewhere
 ROWS = 256  # stored vectors compared at a time on a CPU: the products of more do not stay in its cache
 SAME = 0.01  # of a descriptor's norm: closer to a stored one than this is the same image
 
@@ -41,16 +44,35 @@ class Memory(nn.Module):
         channels: channels of the four levels.
         views: what is looked at.
         nearest: how many images, those most like an image, it is compared with.
+
+    Vectors may stay in main memory (`place`; auto: if they take more than `ROOM` of a GPU): of a million images only
+    those of the `nearest` ones are sent to the device, for each image that is judged. The descriptors, some thousandths
+    of it all, say which, and lie on the device.
     """
 
     def __init__(self, *, channels: Sequence[int], views: Sequence[View], nearest: int) -> None:
         super().__init__()
-        self.views, self.nearest = tuple(views), nearest
+        self.views, self.nearest, self.place = tuple(views), nearest, "auto"
         self.descriptors: Tensor
         self.register_buffer("descriptors", torch.zeros(0, channels[-1], dtype=torch.float16))
         for v, view in enumerate(self.views):
             width = sum(channels[level] for level in view.levels)
             self.register_buffer(f"vectors_{v}", torch.zeros(0, 0, width, dtype=torch.float16))
+
+    def stays(self, size: int, device: torch.device) -> bool:
+        """Whether vectors of so many bytes stay in main memory when all else goes to a device."""
+        if self.place == "auto" and device.type == "cuda":
+            return size > ROOM * torch.cuda.mem_get_info(device)[0]
+        return self.place == "host"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Memory:
+        """What moves a module to a device."""
+        names = [f"vectors_{v}" for v in range(len(self.views))]
+        size, device = sum(self.get_buffer(name).nbytes for name in names), fn(torch.zeros(0)).device
+        staying = {n: self._buffers.pop(n) for n in names} if self.stays(size, device) else {}
+        super()._apply(fn, recurse)
+        self._buffers.update(staying)
+        return self
 
     def make_room(self, state: dict[str, Tensor]) -> None:
         """Take on the number of images and places that the buffers in `state` (names as in `state_dict`) have."""
@@ -80,13 +102,13 @@ class Memory(nn.Module):
 
     def _most_alike(self, descriptor: Tensor, own: bool) -> Tensor:
         """Numbers of the stored images most like each one of `descriptor` (B, C_3): (B, at most `nearest`)."""
-        known = self.descriptors.float()
-        gaps = known.square().sum(1) - 2 * descriptor @ known.T  # squared, up to a constant of each image
+        known = self.descriptors.split(AT_ONCE.get(descriptor.device.type, MOST_AT_ONCE))
+        gaps = torch.cat([squared(descriptor, part.float()) for part in known], 1)
         if not own:
             closest = gaps.argmin(1)
-            gone = (descriptor - known[closest]).norm(dim=1) < SAME * descriptor.norm(dim=1)
+            gone = (descriptor - self.descriptors[closest].float()).norm(dim=1) < SAME * descriptor.norm(dim=1)
             gaps[gone.nonzero().flatten(), closest[gone]] = torch.inf
-        gap, near = gaps.topk(min(self.nearest, len(known)), largest=False)
+        gap, near = gaps.topk(min(self.nearest, len(self.descriptors)), largest=False)
         return near if own else torch.where(gap.isinf(), near[:, :1], near)  # another one in its place
 
     def _distances(self, features: Sequence[Tensor], v: int, near: Tensor) -> Tensor:
@@ -97,7 +119,7 @@ class Memory(nn.Module):
             distance = nearest(places, vectors[near].flatten(1, 2))
         else:
             pairs = zip(places.split(1), near.split(1), strict=True)
-            distance = torch.cat([nearest(own, vectors[rows].flatten(1, 2)) for own, rows in pairs])
+            distance = torch.cat([nearest(own, looked_up(vectors, rows).flatten(1, 2)) for own, rows in pairs])
         return distance.unflatten(1, features[view.levels[0]].shape[-2:])
 
 
@@ -118,7 +140,8 @@ class Choice:
 class Remembering:
     """Fills a memory in one pass over the images, before their channel statistics are known.
 
-    `Memory.embed` is linear, so that what it makes of features as they are is standardized afterwards.
+    `Memory.embed` is linear, so that what it makes of features as they are is standardized afterwards. Where vectors
+    will stay in main memory they are gathered there.
 
     Args:
         images: how many will come.
@@ -126,7 +149,8 @@ class Remembering:
     """
 
     def __init__(self, memory: Memory, *, images: int, size: int) -> None:
-        self.memory, self.choice = memory, Choice(images=images, size=size)
+        self.memory, self.choice, self.size = memory, Choice(images=images, size=size), min(size, images)
+        self.place: torch.device | None = None
         self.coverage: list[Tensor] = []
         self.descriptors: list[Tensor] = []
         self.vectors: list[list[tuple[Tensor, Tensor]]] = [[] for _ in memory.views]  # place numbers, vectors
@@ -139,11 +163,20 @@ class Remembering:
             return
         picked = [h[rows].float() for h in features]
         self.coverage = self.coverage or self._coverage(picked)
+        self.place = self.place or self._place(picked)
         self.descriptors.append(picked[-1].mean((2, 3)))
         for v, view in enumerate(self.memory.views):
             for vectors in self.memory.embed(picked, view):
-                order = torch.randperm(len(vectors))[: view.places].to(vectors.device)
-                self.vectors[v].append((order, vectors[order]))
+                order = torch.randperm(len(vectors))[: view.places]
+                self.vectors[v].append((order, vectors[order.to(vectors.device)].to(self.place)))
+
+    def _place(self, features: Sequence[Tensor]) -> torch.device:
+        """Where vectors are gathered, in single precision."""
+        device, rows = features[0].device, zip(self.memory.views, self.coverage, strict=True)
+        widths = [sum(features[level].shape[1] for level in view.levels) for view in self.memory.views]
+        places = [min(view.places, len(coverage)) for view, coverage in rows]
+        size = 4 * self.size * sum(w * n for w, n in zip(widths, places, strict=True))
+        return torch.device("cpu") if self.memory.stays(size, device) else device
 
     def _coverage(self, features: Sequence[Tensor]) -> list[Tensor]:
         """What a view makes of ones in its two levels, (H W, 2): less than one at the border."""
@@ -157,8 +190,21 @@ class Remembering:
         for v, view in enumerate(self.memory.views):
             a, b = view.levels
             shift, scale = torch.stack([spread(means, a, b, 0), spread(means, a, b, 1)]), torch.cat([stds[a], stds[b]])
-            rows = [(x - self.coverage[v][order] @ shift) / scale for order, x in self.vectors[v]]
-            setattr(self.memory, f"vectors_{v}", torch.stack(rows).half())
+            gathered, self.vectors[v] = self.vectors[v], []
+            stored = gathered[0][1].new_empty(len(gathered), *gathered[0][1].shape, dtype=torch.float16)
+            for row, (order, x) in enumerate(gathered):
+                stored[row] = (x.to(scale.device) - self.coverage[v][order.to(scale.device)] @ shift) / scale
+            setattr(self.memory, f"vectors_{v}", stored)
+
+
+def squared(descriptor: Tensor, known: Tensor) -> Tensor:
+    """Squared distances (B, N) of `descriptor` (B, C) to `known` (N, C), up to a constant of each row."""
+    return known.square().sum(1) - 2 * descriptor @ known.T
+
+
+def looked_up(vectors: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of vectors that may lie elsewhere, where `rows` lies."""
+    return vectors[rows.to(vectors.device)].to(rows.device)
 
 
 def spread(values: Sequence[Tensor], a: int, b: int, part: int) -> Tensor:

@@ -80,7 +80,7 @@ def load_official(
     model = VQFlow(config if isinstance(config, ModelConfig) else official_config(config), channels)
     try:
         state = converted(checkpoint, channels)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         raise UsageError(
             f"{name}: not a whole checkpoint of the released code (expected the parts {', '.join(PARTS)})"
         ) from error

@@ -32,7 +32,7 @@ TESTS = {
     "models/vqflow.py": "vqflow memory training", "models/extractor.py": "extractor",
     "models/official.py": "checkpoint vqflow", "utils/metrics/seven.py": "metrics",
     "utils/metrics/sketch.py": "metrics", "utils/metrics/bootstrap.py": "tables",
-    "utils/metrics/concepts.py": "memory", "utils/run/schedule.py": "scoring", "train.py": "training",
+    "utils/metrics/concepts.py": "memory", "utils/run/schedule.py": "scoring", "steps.py": "speed training",
     "datasets/transforms.py": "datasets seen", "datasets/folder.py": "datasets walk",
     "datasets/walk.py": "walk datasets", "models/decision.py": "decision", "models/first_look.py": "memory",
     "datasets/pixels.py": "seen reading", "datasets/decode.py": "seen reading", "datasets/reading.py": "reading seen",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -11,8 +12,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
 
+from benchmarks.scaling import fed, settings, stepped  # noqa: E402
+from count import TOLD  # noqa: E402
 from default import UsageError  # noqa: E402
 from main import run  # noqa: E402
+from models.work import gradient_bytes, messages  # noqa: E402
 from utils.run.distributed import (  # noqa: E402
     block,
     from_first,
@@ -58,6 +62,14 @@ def check_helpers() -> None:
         say("an echo", echo=True)
 
 
+def check_messages() -> None:
+    """A training step sends what --mode plan counts."""
+    words = Namespace(small=True, batch=2 * processes(), steps=1)
+    flow = fed(settings(words), 2)[1]
+    gradients, *others = stepped(words)["sums"]
+    assert gradients == gradient_bytes(flow) and sorted(others) == sorted([*messages(flow), *TOLD])
+
+
 def refuse() -> None:
     raise UsageError("refused by the first one")
 
@@ -70,3 +82,4 @@ if __name__ == "__main__":
             except UsageError as error:
                 say(f"error: {error}")
         check_helpers()
+        check_messages()

@@ -22,21 +22,22 @@ PAPER = (
 PAPER_LINES = (PAPER, PAPER.replace("mvtec", "visa"), PAPER.replace("train", "test") + " --eval_ckpt $CKPT_PATH")
 
 SURFACE = """
---accumulate --amp-enable --background --batch-size --bit-depth --bootstrap --c-conds --c-pos-conds --cache
---center-crop --checkpoint-activations --clamp --class-names --clear --clip-norm --codebooks --compare --compile
---concat-pos --conditioning --context --data-path --dataset --deterministic --device --dim-cpc --dry-run --engine
---eval-ckpt --eval-interval --eval-size --eval_ckpt --extractor --fail-on --false-alarm-rate --float-range --fpr-limit
---good-names --help --holdout --image-score --input-size --json --k-cpc --k-cspc --limit --loc-eval --lr --max-dropped
---max-pixels --memory --meta-epochs --mixed-gaussian --mode --multi-class --name --no-amp-enable
+--accumulate --amp-enable --background --bandwidth --batch-size --bit-depth --bootstrap --c-conds --c-pos-conds
+--cache --center-crop --checkpoint-activations --clamp --class-names --clear --clip-norm --codebooks --compare
+--compile --concat-pos --conditioning --context --data-path --dataset --deterministic --device --dim-cpc --dry-run
+--efficiency --engine --eval-ckpt --eval-interval --eval-size --eval_ckpt --extractor --fail-on --false-alarm-rate
+--float-range --fpr-limit --good-names --gpu --gpus --help --holdout --holdout-seed --image-score --images
+--input-size --interconnect --json --k-cpc --k-cspc --latency --limit --loc-eval --lr --max-dropped --max-pixels
+--memory --memory-place --meta-epochs --mixed-gaussian --mode --multi-class --name --no-amp-enable
 --no-checkpoint-activations --no-compare --no-compile --no-concat-pos --no-deterministic --no-json --no-loc-eval
 --no-mixed-gaussian --no-multi-class --no-offline --no-overlays --no-pattern-quantize --no-pre-extract --no-pretrained
 --no-pro-eval --no-quantize-enable --no-reassign-quantize --no-report --no-resume --no-save-masks --no-standardize
 --no-tensorboard --no-trust-masks --no-wandb-enable --noise --objective --offline --output --overlap --overlays
 --parallel-blocks --pattern-quantize --pictures --pixel-score --pool-type --pre-extract --precision --preset
 --pretrained --pro-eval --pro-eval-interval --pro-score --profile --quantize-enable --quantize-type --quantize-weight
---reassign-quantize --report --resize --resume --save-every --save-maps --save-masks --schedule --seed --seeds
---semantics --standardize --sub-epochs --tensorboard --tile --top-k --trust-masks --version --wandb-enable --warmup
---watch --weight-decay --weights --work-dir --workers -h
+--reading --reassign-quantize --report --resize --resume --save-every --save-maps --save-masks --schedule --seed
+--seeds --semantics --standardize --storage --sub-epochs --tensorboard --test-images --tflops --tile --top-k
+--trust-masks --version --wandb-enable --warmup --watch --weight-decay --weights --work-dir --workers -h
 """
 
 RELEASED = {
@@ -76,7 +77,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "bit_depth": ("12", 12), "float_range": ("-1 2.5", [-1.0, 2.5]), "background": ("black", "black"),
     "false_alarm_rate": ("0.05", 0.05),
     "max_pixels": ("9", 9), "good_names": ("gut fein", ["gut", "fein"]), "trust_masks": ("", True),
-    "holdout": ("0.1", 0.1), "memory": ("100", 100), "semantics": ("pooled", "pooled"), "context": ("3", 3),
+    "holdout": ("0.1", 0.1), "holdout_seed": ("5", 5), "memory": ("100", 100),
+    "memory_place": ("host", "host"), "semantics": ("pooled", "pooled"), "context": ("3", 3),
     "cache": ("ram", "ram"), "accumulate": ("2", 2), "compile": ("", True), "checkpoint_activations": ("", True),
     "profile": ("3", 3), "seeds": ("1 2", [1, 2]), "name": ("mine", "mine"), "paths": ("a b --mode table", ["a", "b"]),
     "output": ("o --mode predict --eval_ckpt a.pt", "o"), "overlays": ("no", False),
@@ -88,6 +90,12 @@ OTHER: dict[str, tuple[str, Any]] = {
     "precision": ("float16 int8 --mode export --eval_ckpt a.pt", ["float16", "int8"]),
     "eval_size": ("native", "native"), "bootstrap": ("50", 50), "compare": ("", True), "report": ("no", False),
     "json": ("--mode inspect", True),
+    "images": ("50 --mode plan", 50), "test_images": ("7 --mode plan --images 50", 7),
+    "gpus": ("4 --mode plan --images 50", 4), "gpu": ("h100 --mode plan --images 50", "h100"),
+    "tflops": ("1 2 3 --mode plan --images 50", [1.0, 2.0, 3.0]),
+    "bandwidth": ("1000 --mode plan --images 50", 1000.0), "efficiency": ("0.5 --mode plan --images 50", 0.5),
+    "interconnect": ("50 --mode plan --images 50", 50.0), "latency": ("20 --mode plan --images 50", 20.0),
+    "storage": ("3 --mode plan --images 50", 3.0), "reading": ("90 --mode plan --images 50", 90.0),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from default import ModelConfig, UsageError
-from models.context import FLOOR, PRIOR, Context, Moments, Surrounded
+from models.context import FLOOR, Context, Moments, Surrounded
 from models.detector import Detector
 from models.first_look import first_look
 from models.hierarchy import PrincipalComponents
@@ -40,8 +40,7 @@ def test_energy_is_the_conditional_density_of_a_joint_gaussian(dilation: int) ->
     joint = level.joint(x.double())
     rows = joint.transpose(1, 2).flatten(0, 1)
     mean, covariance = rows.mean(0), torch.cov(rows.T, correction=0)
-    extra = FLOOR * covariance.diagonal().mean() * torch.eye(len(covariance))
-    covariance = covariance + extra * PRIOR / (PRIOR + 20)  # its own moments are those of all, which have the floor
+    covariance = covariance + FLOOR * covariance.diagonal().mean() * torch.eye(len(covariance))
     found = level.energy(x.double(), torch.zeros(20, dtype=torch.int64)).flatten(1)
     expected = -MultivariateNormal(mean, covariance).log_prob(rows).view(20, -1)
     if dilation:

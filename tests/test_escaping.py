@@ -4,6 +4,8 @@ import csv
 import html
 import io
 import json
+import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from datasets.folder import Scan
 from default import make_config
 from utils.metrics import METRICS, ClassResult
+from utils.report.gather import summarize_seeds
 from utils.report.results import Results, write_results
 from utils.report.tables import csv_cell, latex_text, markdown_text
 from utils.report.verdicts import PREDICTED, Rows
@@ -90,6 +93,31 @@ def test_csv(written: tuple[Path, str]) -> None:
     assert list(names) == NAMES, "JSON holds them as they are"
 
 
+def test_metrics_of_the_data_set(tmp_path: Path) -> None:
+    """Their names come from a results.json of somebody else, too: in one run's tables and in those of several."""
+    row, extra = ClassResult(**dict.fromkeys(METRICS, 0.5)), dict.fromkeys(NAMES, 0.25)
+    config = make_config(dataset="folder", work_dir=str(tmp_path), seeds=(1, 2), name="runs")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        results = Results(
+            classes={"c": row}, best_on_test=None, intervals=None, config=config, unseen=True, extra={"c": extra}
+        )
+        shown = write_results(folder, results)
+    shown += summarize_seeds(config, folders)
+    assert not any(ord(c) < 32 for c in shown.replace("\n", "")) and "\u202e" not in shown
+    summary = tmp_path / "runs-seeds1_2"
+    for path in (folders[0] / "results.md", summary / "results.md"):
+        text = path.read_text(encoding="utf-8").split("paper measures**")[1]
+        assert "<" not in text and "](" not in text.split("\n\n")[1]
+        assert len({line.replace(r"\|", "").count("|") for line in text.split("\n\n")[1].splitlines()}) == 1
+    text = (summary / "results.tex").read_text(encoding="utf-8")
+    assert "\\input" not in text and "^^" not in text and text.count("\\end{tabular}") == 2
+    head, *rows = csv.reader((summary / "results.csv").open(encoding="utf-8", newline=""))
+    assert len(rows) == 2 and not any(cell.startswith(("=", "+", "-", "@")) for cell in head)
+    assert [float(cell) for cell in rows[0][-2 * len(NAMES) :: 2]] == [0.25] * len(NAMES)
+
+
 def test_a_prediction_of_a_file_with_such_a_name(tmp_path: Path) -> None:
     row = dict.fromkeys(PREDICTED) | {"path": "=1+1.png", "error": "=1+1.png: no\nimage"}
     with Rows(tmp_path) as rows:
@@ -99,6 +127,14 @@ def test_a_prediction_of_a_file_with_such_a_name(tmp_path: Path) -> None:
     assert (line[0], line[-1]) == ("'=1+1.png", r"'=1+1.png: no\nimage")
     with Rows(tmp_path) as rows:
         assert rows.is_done(Path("=1+1.png"))
+
+
+def test_the_script_without_pytorch_escapes_alike() -> None:
+    pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+    cell = runpy.run_path(str(Path(__file__).resolve().parents[1] / "deploy" / "run_onnx.py"))["cell"]
+    for name in [*NAMES, "a\xa0b\u202f.png", "ä 片 ².png", os.fsdecode(b"=\xff.png"), "\u2029", "\x85"]:
+        assert cell(name) == csv_cell(name), ascii(name)
+    assert cell(Path("=1.png")) == "'=1.png"
 
 
 def test_what_remains_as_it_is() -> None:

@@ -110,12 +110,12 @@ def test_the_script_reads_as_the_program_does(folder: Path, expected: EvalResult
     wide.putalpha(128)
     wide.save(tmp_path / "g.png")
     Image.fromarray(np.full((9, 9), 999, np.uint16)).save(tmp_path / "h.png")
-    rows, status = run_alone(model, tmp_path / "in", *(tmp_path / f"{n}.png" for n in "fghi"))
-    names = "a.png b.PNG c.png e.jpg f.png g.png h.png i.png"
-    assert [Path(row["path"]).name for row in rows] == names.split()
+    rows, status = run_alone(model, tmp_path / "in", *(tmp_path / f"{n}.png" for n in "fghi"), Path("=1+1.png"))
+    names = ["a.png", "b.PNG", "c.png", "e.jpg", *(f"{n}.png" for n in "fghi"), "'=1+1.png"]
+    assert [Path(row["path"]).name for row in rows] == names
     assert status == 1
     errors = [row["error"] for row in rows]
-    assert [bool(error) for error in errors] == [False, False, False, True, False, True, True, True]
+    assert [bool(error) for error in errors] == [False, False, False, True, False, True, True, True, True]
     assert "transparent" in errors[5]
     assert "more than 8 bits" in errors[6]
     assert errors[7] == "No such file or directory"

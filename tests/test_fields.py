@@ -215,6 +215,26 @@ def test_an_official_checkpoint_that_holds_itself() -> None:
         load_official(content, make_config("cpu").model, (24, 40, 112, 320))
 
 
+WEIGHT = torch.zeros(2, 2)
+PARTS: dict[str, Any] = {part: {} for part in ("parallel_flows", "semantic_encoder", "semantic_mlp", "feature_mlps")}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"upsamplers": {}, "fusion_flow": {"weight": WEIGHT}},  # a name of fewer words
+        {"upsamplers": {"weight": WEIGHT}, "fusion_flow": {}},
+        {"upsamplers": 3, "fusion_flow": {}},
+        {"upsamplers": "weights", "fusion_flow": {}},
+        {"fusion_flow": {}},
+    ],
+    ids=["fusion", "upsamplers", "number", "text", "missing"],
+)
+def test_an_official_checkpoint_of_another_make(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="not a whole checkpoint of the released code"):
+        load_official(PARTS | wrong, make_config("cpu").model, (24, 40, 112, 320))
+
+
 # --- what a checkpoint may not say
 
 

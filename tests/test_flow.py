@@ -123,6 +123,13 @@ def test_prior_starts_near_the_unit_gaussian_and_stays_positive() -> None:
     assert (prior.parameters_of(0, torch.randn(4, 64))[1] >= 0).all()
 
 
+def test_released_prior_has_a_scale_above_zero() -> None:
+    """The published sqrt(x^2 + 1e-8): where x is 0 there is something to divide by."""
+    prior = MixedGaussian(dim=4, channels=(3,), released=True)
+    torch.nn.init.zeros_(prior.scale[0].bias)
+    torch.testing.assert_close(prior.parameters_of(0, torch.zeros(2, 4))[1], torch.full((2, 3), 1e-4))
+
+
 def test_released_prior_counts_no_log_det() -> None:
     prior = MixedGaussian(dim=4, channels=(3,), released=True)
     assert prior(0, torch.randn(2, 3, 2, 2), torch.randn(2, 4))[1].abs().sum() == 0

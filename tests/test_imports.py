@@ -1,7 +1,7 @@
 """Imports go one way.
 
 default <- utils <- datasets, models <- judging, stage, steps <- resume, supply, show <- test, trainer, export <- engine
-<- detector <- train, predict, submit <- main; datasets <- inspect_data <- main.
+<- detector <- train, predict, submit <- main; datasets <- inspect_data <- main; stage <- count <- plan <- main.
 """
 
 import ast
@@ -30,6 +30,8 @@ MAY_IMPORT = {
     "detector": {"default", "utils", "datasets", "models", "stage", "engine", "prediction"},
     "predict": {"default", "utils", "datasets", "models", "stage", "detector", "prediction"},
     "inspect_data": {"default", "utils", "datasets"},
+    "count": {"default", "utils", "datasets", "models", "stage"},
+    "plan": {"default", "utils", "models", "count"},
     "submit": {"default", "utils", "datasets", "models", "stage", "detector"},
     "main": {
         "default",
@@ -44,6 +46,7 @@ MAY_IMPORT = {
         "predict",
         "inspect_data",
         "submit",
+        "plan",
     },
 }
 FILES = sorted(

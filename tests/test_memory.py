@@ -282,6 +282,13 @@ def test_held_out_images_are_not_trained_on(share: float, held: tuple[int, ...])
     assert tuple(sum(i.class_index == c for i in out.items) for c in range(3)) == held
 
 
+def test_a_seed_draws_other_images_of_the_same_number_again_and_again() -> None:
+    whole = folder_of((40, 22, 4))
+    splits = [split_holdout(whole, 0.2, seed)[1].items for seed in (None, 0, 1, 1)]
+    assert [[sum(i.class_index == c for i in items) for c in range(3)] for items in splits] == [[8, 4, 1]] * 4
+    assert len({tuple(items) for items in splits}) == 3 and splits[2] == splits[3]
+
+
 def test_without_a_share_all_are_trained_on_and_a_few_of_each_class_calibrate() -> None:
     kept, out = split_holdout(folder_of((40, 5)), 0.0)
     assert len(kept.items) == 45

@@ -105,6 +105,18 @@ def test_streams_stay_within_1e_4(name: str, order: str, monkeypatch: pytest.Mon
         assert getattr(got, metric) == pytest.approx(getattr(expected, metric), abs=1e-4, nan_ok=True), metric
 
 
+@pytest.mark.parametrize("total", [0.5, 4.0])
+def test_ideal_boundaries_are_a_gap_apart(total: float) -> None:
+    """One a score down to RESOLUTION, then more and more apart without a step, and other masses in equal parts."""
+    last = torch.tensor([total, 0.01], dtype=torch.float64) * sketch.RESOLUTION
+    for column in range(2):
+        goals = sketch._targets(last, column)
+        totals = last.repeat(len(goals) + 1, 1)
+        totals[:-1, column] = goals
+        counted = sketch._ideal(totals)[:-1, column]
+        torch.testing.assert_close(counted, torch.arange(1, len(goals) + 1, dtype=torch.float64))
+
+
 def test_memory_is_bounded() -> None:
     accumulator, rng = ClassAccumulator(), np.random.default_rng(0)
     for _ in range(6):

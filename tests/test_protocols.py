@@ -1,6 +1,8 @@
 """Metrics that single data sets ask for: sPRO against a slow reimplementation, AUROC over samples, their tables."""
 
+import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from fake_data import save
 from fake_sets import make_autovi, make_loco
 from utils.metrics import ClassResult
 from utils.metrics.spro import SproAccumulator, saturation
+from utils.report.gather import gather_runs, read_run, summarize_seeds
 from utils.report.results import Results, write_results
 
 NAN = float("nan")
@@ -220,6 +223,46 @@ def test_metrics_of_the_data_set_have_a_table(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text())["extra"]["mean"] == {"S-AUROC": 0.5}
     assert "S-AUROC" in (tmp_path / "results.md").read_text()
     assert "93.9" in text, "Dinomaly's AUPRO"
+
+
+def test_metrics_of_the_data_set_are_gathered_over_runs(tmp_path: Path) -> None:
+    config = make_config(dataset="real-iad", work_dir=str(tmp_path), seeds=(1, 2), name="iad")
+    folders = [tmp_path / f"run{seed}" for seed in (1, 2)]
+    for folder, value in zip(folders, (0.5, 0.7), strict=True):
+        folder.mkdir()
+        extra = {"01234": {"S-AUROC": value}, "56789": {"S-AUROC": NAN}}
+        write_results(folder, results(WITHOUT_MASKS, "real-iad", extra=extra))
+    shown = summarize_seeds(config, folders)
+    summary = tmp_path / "iad-seeds1_2"
+    table = shown.split("As the data set's paper measures\n")[1]
+    assert re.search(r"^01234 +60\.0 ± 14\.1$", table, re.MULTILINE)
+    assert re.search(r"^56789 +-$", table, re.MULTILINE)
+    found = json.loads((summary / "results.json").read_text(encoding="utf-8"))
+    assert found["extra"] == {
+        "classes": {"01234": {"S-AUROC": 0.6}, "56789": {"S-AUROC": None}},
+        "mean": {"S-AUROC": 0.6},
+    }
+    shown = gather_runs(make_config(mode="table", paths=(str(folders[0]), str(summary)), work_dir=str(tmp_path)))
+    table = shown.split("As the data set's paper measures\n")[1]
+    assert re.search(r"^run1 +50\.0$", table, re.MULTILINE)
+    assert re.search(r"^iad-seeds1_2 +60\.0 ± 14\.1$", table, re.MULTILINE)
+    rows = list(csv.DictReader((tmp_path / "table" / "table.csv").open(encoding="utf-8")))
+    assert [float(row["S-AUROC"]) for row in rows] == [0.5, 0.6]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [[], {}, {"mean": {}}, {"classes": {}, "mean": []}, {"classes": {"01234": 3}, "mean": {}},
+     {"classes": {}, "mean": {"S-AUROC": "0.5"}}, {"classes": {"01234": {"S-AUROC": [0.5]}}, "mean": {"S-AUROC": 0.5}}],
+)  # fmt: skip
+def test_metrics_of_the_wrong_type_end_in_one_line(extra: object, tmp_path: Path) -> None:
+    write_results(tmp_path, results(WITHOUT_MASKS, "real-iad", extra={"01234": {"S-AUROC": 0.5}}))
+    path = tmp_path / "results.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert read_run(tmp_path).classes["01234"]["S-AUROC"] == 0.5
+    path.write_text(json.dumps(content | {"extra": extra}), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"PATH: \S+results\.json cannot be read as results of a run"):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize("dataset", ["btad", "mpdd", "real-iad", "cifar10"])

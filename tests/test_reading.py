@@ -174,6 +174,21 @@ def test_values_beyond_the_range_are_named(tmp_path: Path) -> None:
         load_image(tmp_path / "f.tif", 8)
 
 
+def test_fewer_bits_than_8_are_not_deep(tmp_path: Path) -> None:
+    Image.fromarray(np.eye(8) > 0).save(tmp_path / "a.tif")
+    assert not read_header(tmp_path / "a.tif").deep
+    np.testing.assert_array_equal(load_image(tmp_path / "a.tif", 8)[0], np.eye(8))
+
+
+@pytest.mark.parametrize("kind", ["png", "jp2"])
+def test_deep_files_that_end_early_are_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 65536, (64, 48, 3), dtype=np.uint16))
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(UsageError, match=rf"a\.{kind}: cannot be read .* \(OpenCV does not decode its 16 bits"):
+        read_pixels(path)
+
+
 def test_kinds_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
     Image.new("LAB", (8, 8)).save(tmp_path / "lab.tif")
     with pytest.raises(UsageError, match=r"lab\.tif: expected grey, RGB, CMYK or a palette, but got LAB"):

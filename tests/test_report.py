@@ -20,8 +20,9 @@ from utils.report import gallery
 from utils.report.charts import thinned
 from utils.report.gallery import Shot, Views, drawn, f1_threshold, jpeg, levels, normal_range, outline, spread
 from utils.report.images import Album, ImageResult, NormalRange, first_of_each, pick
-from utils.report.page import ClassPage, Curves, Report, class_page, concept_matrix, write_report
+from utils.report.page import ClassPage, Curves, Report, class_page, concept_matrix, content, write_report
 from utils.report.plots import BAND, heat_overlay
+from utils.report.tables import TITLES
 
 CLASSES = ("clean", "nut & bolt", "unmasked")  # the first one has no defects, the third one no masks
 
@@ -174,8 +175,9 @@ def page_of_noise(share: int) -> ClassPage:
     }
     curve = Curve(x=np.linspace(0, 1, 5), y=np.linspace(0, 1, 5))
     return class_page(
-        result=ClassResult(**dict.fromkeys(ClassResult.__dataclass_fields__, 0.5)), curves=Curves(roc=curve, pro=curve),
-        images=images, normal=normal_range(noise, range(40), 32), show=noisy, share=share,
+        result=ClassResult(**dict.fromkeys(ClassResult.__dataclass_fields__, 0.5)), extra={"<b>S-AUROC": 0.25},
+        curves=Curves(roc=curve, pro=curve), images=images, normal=normal_range(noise, range(40), 32), show=noisy,
+        share=share,
     )  # fmt: skip
 
 
@@ -192,6 +194,26 @@ def test_fifteen_classes_of_noise_stay_below_the_limit_and_names_are_escaped(tmp
     assert 2_000_000 < len(content) < 10_000_000
     assert "<script>alert" not in content and "<i>other" not in content
     assert "&lt;i&gt;other&lt;/i&gt; 98.7" in content and "at 224 px &amp; cropped" in content
+    assert "<b>S-AUROC" not in content and "&lt;b&gt;S-AUROC" in content
+
+
+def test_metrics_of_the_data_set_stand_beside_the_seven(tmp_path: Path) -> None:
+    """With a mean of their own, and a class that lacks one."""
+    page = page_of_noise(1)
+    extra = {"a": {"S-AUROC": 0.25, "AU-sPRO@0.05": 0.5}, "b": {"S-AUROC": 0.75}}
+    report = Report(
+        name="run", classes={name: replace(page, extra=own) for name, own in extra.items()}, training={},
+        config=to_dict(make_config()), shared_model=True, shown="likelihood", unseen=True,
+    )  # fmt: skip
+    shown = content(report)
+    assert shown["extra"] == ["S-AUROC", "AU-sPRO@0.05"]
+    assert (shown["mean"]["S-AUROC"], shown["mean"]["AU-sPRO@0.05"], shown["mean"]["aupro"]) == (0.5, 0.5, 0.5)
+    assert [row["lowest"] for row in shown["rows"]] == [{"S-AUROC"}, set()]
+    assert [title for title, *_ in shown["headline"]] == list(TITLES.values()), "the tiles are the seven and their mean"
+    write_report(tmp_path / "report.html", report)
+    table = text(tmp_path).split('<table class="sortable">')[1].split("</tfoot>")[0]
+    cells = [re.findall(r"<td[^>]*>([^<]*)</td>", row)[-2:] for row in table.split("<tr>")[2:]]
+    assert cells == [["25.0", "50.0"], ["75.0", "-"], ["50.0", "50.0"]]
 
 
 def test_concepts_are_counted_and_many_are_cut() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,10 @@ def test_loco_measures_as_its_paper(tmp_path: Path, capsys: pytest.CaptureFixtur
         "--work-dir",
         str(tmp_path / "new"),
     ]
-    assert main([*again, "--device", "cpu", "--no-report"]) == 0
-    tested = results(tmp_path / "new")[0]["extra"]
-    assert tested["mean"] == pytest.approx(extra["mean"], abs=1e-6)
+    assert main([*again, "--device", "cpu", "--report"]) == 0
+    tested, folder = results(tmp_path / "new")
+    assert tested["extra"]["mean"] == pytest.approx(extra["mean"], abs=1e-6)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    heads = re.findall(r'<button type="button">([^<]*)</button>', page.split('<table class="sortable">')[1])
+    assert heads[-len(extra["mean"]) :] == list(extra["mean"])
     assert "As the data set's paper measures" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from models.codebook import Codebook
 from models.flow import Permutation
 from models.loss import loss_terms
 from models.vqflow import VQFlow
-from steps import train_epoch
+from steps import Ledger, Tally, train_epoch, training_steps
 from utils.run.device import autocast, check_compiler, exact_products, has_bfloat16
 from utils.run.profile import traced
 from utils.run.seed import seed_everything
@@ -131,6 +132,19 @@ def trained(parts: list[list[torch.Tensor]], accumulate: int) -> tuple[VQFlow, f
     config = TrainConfig(accumulate=accumulate, schedule="constant", warmup=0.0, lr=1e-3)
     stats = train_epoch(model, map(batch, parts), optimizer, config, start=0.0, step=1.0 / len(parts))
     return model, stats.loss, stats.images
+
+
+def test_an_epoch_takes_the_time_of_its_steps() -> None:
+    """Without what passes between them: a checkpoint may be written there."""
+    model, tally, part = build("none"), Tally(), batch(features(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    began, waited = time.perf_counter(), 0.0
+    steps = training_steps(model, [part] * 2, optimizer, TrainConfig(), start=0.0, step=0.5, ledger=Ledger(tally))
+    for _ in steps:
+        before = time.perf_counter()
+        time.sleep(0.2)
+        waited += time.perf_counter() - before
+    assert 0 < tally.seconds <= time.perf_counter() - began - waited
 
 
 def test_accumulated_batches_equal_the_big_one() -> None:

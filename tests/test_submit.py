@@ -14,7 +14,8 @@ from detector import load_detector
 from fake_data import METHOD, TINY
 from fake_sets import make_ad_2
 from main import main
-from submit import Spread, as_half, images_of, lacking, write_map
+from submit import ARCHIVE, Spread, as_half, images_of, lacking, pack, write_map
+from utils.run.writer import write_whole
 
 CLASSES = ["can", "vial"]
 
@@ -84,6 +85,27 @@ def test_maps_beyond_half_precision_stay_finite(tmp_path: Path) -> None:
     write_map(tmp_path, Path("can/test_private/000_regular"), as_half(np.array([[1e9, -1e9]], np.float32)), 0.0)
     heat = tifffile.imread(tmp_path / "anomaly_images/can/test_private/000_regular.tiff")
     assert np.isfinite(heat).all() and heat[0, 0] > 0 > heat[0, 1]
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
+    """Files may have no more than 10,000 bytes for a while: the system's own error."""
+    resource = pytest.importorskip("resource", reason="no limit on the size of files")
+    rng, name = np.random.default_rng(0), Path("can/test_private/000_regular")
+    write_map(tmp_path, name, rng.normal(size=(60, 60)).astype(np.float16), 0.0)
+    before, failed = resource.getrlimit(resource.RLIMIT_FSIZE), []
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        for write in (
+            lambda: write_map(tmp_path, name.with_stem("001_regular"), np.zeros((90, 90), np.float16), 0.0),
+            lambda: write_whole(tmp_path / ARCHIVE, lambda file: [pack(tmp_path, file) for _ in range(9)]),
+        ):
+            with pytest.raises(OSError) as caught:
+                write()
+            failed.append(caught.value.filename)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert failed == [str(tmp_path / "anomaly_images/can/test_private/001_regular.tiff"), str(tmp_path / ARCHIVE)]
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"000_regular.tiff", "000_regular.png"}
 
 
 def test_a_whole_submission_lacks_nothing() -> None:

@@ -189,6 +189,8 @@ def test_intervals_are_deterministic_and_narrow_with_more_images() -> None:
     onesided = bootstrap(few | {"c": ([1, 1], [0.0, 1.0])}, 500, seed=3)
     assert onesided.mean == first.mean
     assert "c" not in onesided.classes
+    none = bootstrap({"c": ([1, 1], [0.0, 1.0])}, 500, seed=3)
+    assert (none.mean, none.classes) == ({}, {})
 
 
 def test_intervals_cover_the_true_value() -> None:

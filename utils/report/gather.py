@@ -14,6 +14,7 @@ from utils.metrics import METRICS, NAN, nanmean
 from utils.report.tables import (
     COLUMNS,
     MEAN,
+    OWN_METRICS,
     Table,
     csv_text,
     latex_page,
@@ -28,13 +29,13 @@ from utils.run.log import plain
 # Settings by which two runs do not differ; the seed is looked at apart, and `paths` was `runs` in version 1.0.
 SAME = {"seed", "runs", *settings_of("free")}
 SETTINGS = "settings"
-CSV_COLUMNS = [name for c in COLUMNS for name in (c, f"{c}_sd")]
 Spread = tuple[float, float]  # mean, standard deviation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run folder's results: fractions, NaN where a class lacks a metric; `deviation` of the means over seeds.
+    """A run folder's results: fractions, NaN where a class lacks a metric; `deviation` of the means over seeds. Metrics
+    of the data set's own stand beside the seven.
 
     `seed` is None for a summary of several seeds.
     """
@@ -76,10 +77,10 @@ def settings_in(config: Any) -> dict[str, dict[str, Any]]:
     return config
 
 
-def completed(row: Mapping[str, float | None]) -> dict[str, float]:
-    """The seven metrics and their mean, null as NaN."""
+def completed(row: Mapping[str, float | None], extra: Mapping[str, float | None]) -> dict[str, float]:
+    """The seven metrics, their mean, and those of the data set's own, null as NaN."""
     seven = {m: fraction(row.get(m)) for m in METRICS}
-    return seven | {"mad": sum(seven.values()) / len(METRICS)}
+    return {m: fraction(v) for m, v in extra.items()} | seven | {"mad": sum(seven.values()) / len(METRICS)}
 
 
 def read_run(path: str | Path) -> Run:
@@ -94,11 +95,12 @@ def read_run(path: str | Path) -> Run:
         raise UsageError(f"PATH: expected a run folder with a results.json, but got {path}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        extra = content.get("extra", {"classes": {}, "mean": {}})
         return Run(
             name=folder.resolve().name, path=folder, config=settings_in(content["config"]),
-            mean=completed(content["mean"]),
+            mean=completed(content["mean"], extra["mean"]),
             seed=None if content["config"]["run"].get("seeds") else content["config"]["run"]["seed"],
-            classes={name: completed(row) for name, row in content["classes"].items()},
+            classes={n: completed(row, extra["classes"].get(n, {})) for n, row in content["classes"].items()},
             deviation={m: fraction(v) for m, v in content.get("deviation", {}).get("mean", {}).items()},
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -113,7 +115,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 def spreads(rows: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
     """Of each metric over the rows."""
-    return {c: spread([row[c] for row in rows]) for c in COLUMNS}
+    return {c: spread([row.get(c, NAN) for row in rows]) for c in dict.fromkeys(c for row in rows for c in row)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,11 @@ class Entry:
     def parts(self) -> dict[str, dict[str, float]]:
         """For JSON: the seven means and their deviations."""
         return {k: {m: self.row[m][i] for m in METRICS} for i, k in enumerate(("mean", "deviation"))}
+
+    @property
+    def extra(self) -> dict[str, float]:
+        """The means of what stands beside the seven."""
+        return {name: mean for name, (mean, _) in self.row.items() if name not in COLUMNS}
 
     def texts(self) -> dict[str, str]:
         """In per cent."""
@@ -144,15 +151,20 @@ def write_entries(
     folder: Path, stem: str, content: Mapping[str, Any], entries: Sequence[Entry], *, notes: Sequence[str], first: str
 ) -> str:
     """The four formats, `content` as JSON; the terminal's text."""
-    extra = [SETTINGS] if any(entry.settings for entry in entries) else []
-    table = Table(rows=[(e.name, e.texts()) for e in entries], columns=(*COLUMNS, *extra), first=first)
+    last = [SETTINGS] if any(entry.settings for entry in entries) else []
+    extra = list(dict.fromkeys(c for entry in entries for c in entry.extra))
+    rows = [(e.name, e.texts()) for e in entries]
+    tables = [Table(rows=rows, columns=(*COLUMNS, *last), first=first)]
+    if extra:
+        tables.append(Table(rows=rows, columns=extra, first=first, title=OWN_METRICS))
+    columns = [name for c in (*COLUMNS, *extra) for name in (c, f"{c}_sd")]
     texts = {
         "json": json.dumps(plain(dict(content)), indent=2) + "\n",
-        "csv": csv_text([(e.name, e.numbers()) for e in entries], [*CSV_COLUMNS, *extra], first=first),
-        "md": markdown_page([table], notes), "tex": latex_page([table], notes),
+        "csv": csv_text([(e.name, e.numbers()) for e in entries], [*columns, *last], first=first),
+        "md": markdown_page(tables, notes), "tex": latex_page(tables, notes),
     }  # fmt: skip
     write_all(folder, stem, texts)
-    return "\n".join([terminal_page([table], notes), f"written to: {folder}"])
+    return "\n".join([terminal_page(tables, notes), f"written to: {folder}"])
 
 
 def summarize_seeds(config: Config, folders: Sequence[Path]) -> str:
@@ -177,6 +189,8 @@ def summarize_seeds(config: Config, folders: Sequence[Path]) -> str:
         },
         "best_on_test": {}, "config": to_dict(config), "seeds": config.run.seeds, "runs": [str(f) for f in folders],
     }  # fmt: skip
+    if mean.extra:
+        content["extra"] = {"classes": {entry.name: entry.extra for entry in entries}, "mean": mean.extra}
     notes = [f"mean ± standard deviation (n - 1) over the seeds {seeds}; last epoch"]
     if any(value != value for entry in entries for value, _ in entry.row.values()):
         notes.append("-: not defined for the class, left out of the mean")
@@ -195,7 +209,7 @@ def gather_runs(config: Config) -> str:
     entries = [
         Entry(
             name=run.name if names.count(run.name) == 1 else str(run.path), settings=settings_text(run.settings, told),
-            row={c: (run.mean[c], run.deviation.get(c, NAN)) for c in COLUMNS},
+            row={c: (mean, run.deviation.get(c, NAN)) for c, mean in run.mean.items()},
         )
         for run in runs
     ]  # fmt: skip

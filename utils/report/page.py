@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ import jinja2
 from markupsafe import Markup
 
 from default import ABSOLUTE, CALIBRATED, Config, to_dict
-from utils.metrics import METRICS, ClassAccumulator, ClassResult, mean_results
+from utils.metrics import METRICS, NAN, ClassAccumulator, ClassResult, mean_results
 from utils.metrics.decisions import Decided
 from utils.report import gallery
 from utils.report.charts import SERIES, histogram, line_chart, series_dash, thinned
 from utils.report.gallery import Picture, Show, f1_threshold, take_pictures
 from utils.report.images import Curves, ImageResult, NormalRange, pick
 from utils.report.plots import HOT, ramp
-from utils.report.tables import COLUMNS, MEAN, TITLES, percent, values
+from utils.report.tables import COLUMNS, MEAN, TITLES, extra_rows, percent, values
 from utils.report.training import CODEBOOKS, Training, codebook_panels, codebook_rows, number, training_panels
 from utils.run.log import read_lines
 from utils.run.text import printable
@@ -34,10 +34,11 @@ Published = Sequence[tuple[str, Mapping[str, float], str]]  # method, metric -> 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassPage:
-    """What the report says of one class: its metrics, test images and curves, what is normal in it, and pictures by
-    `gallery.KINDS`."""
+    """What the report says of one class: its metrics, `extra` ones of the data set's own, test images and curves, what
+    is normal in it, and pictures by `gallery.KINDS`."""
 
     result: ClassResult
+    extra: Mapping[str, float] = field(default_factory=dict)
     images: Sequence[ImageResult]
     curves: Curves
     normal: NormalRange
@@ -76,8 +77,8 @@ def curves_of(accumulator: ClassAccumulator) -> Curves:
 
 
 def class_page(
-    *, result: ClassResult, curves: Curves, images: Mapping[int, ImageResult], normal: NormalRange, show: Show,
-    share: int,
+    *, result: ClassResult, extra: Mapping[str, float], curves: Curves, images: Mapping[int, ImageResult],
+    normal: NormalRange, show: Show, share: int,
 ) -> ClassPage:  # fmt: skip
     """Choose a class's pictures and take them.
 
@@ -89,7 +90,9 @@ def class_page(
     places = pick([*images.values()])
     chosen = {kind: {numbers[i]: images[numbers[i]] for i in found} for kind, found in places.items()}
     pictures = {kind: take_pictures(show, found, normal, share) for kind, found in chosen.items()}
-    return ClassPage(result=result, images=tuple(images.values()), curves=curves, normal=normal, pictures=pictures)
+    return ClassPage(
+        result=result, extra=extra, images=tuple(images.values()), curves=curves, normal=normal, pictures=pictures
+    )
 
 
 def report_run(
@@ -133,8 +136,10 @@ def content(report: Report) -> dict[str, Any]:
     columns = [c for c in COLUMNS if mean[c] == mean[c]]
     with_curves = [n for n, page in report.classes.items() if len(page.curves.roc.x) + len(page.curves.pro.x)]
     images = [image for page in report.classes.values() for image in page.images]
+    *_, (_, extra) = extra_rows({name: page.extra for name, page in report.classes.items()})
     return {
-        "report": report, "columns": columns, "titles": TITLES, "mean": mean, "mean_name": MEAN,
+        "report": report, "columns": columns, "titles": TITLES, "mean": {**extra, **mean}, "mean_name": MEAN,
+        "extra": [*extra], "nan": NAN,
         "headline": [(TITLES[c], mean[c], reference(report.published, c)) for c in columns],
         "rows": class_rows(report.classes), "missing": missing(results), "all": counts(images),
         "series": legend(report.classes, with_curves),
@@ -188,13 +193,14 @@ def counts(images: Sequence[ImageResult]) -> dict[str, int]:
 
 def class_rows(classes: Mapping[str, ClassPage]) -> list[dict[str, Any]]:
     """Rows of the per-class table; `lowest` names the metrics in which no class is lower, but another is higher."""
-    table = {name: values(page.result) for name, page in classes.items()}
-    known = {c: [row[c] for row in table.values() if row[c] == row[c]] for c in COLUMNS}
+    table = {name: {**page.extra, **values(page.result)} for name, page in classes.items()}
+    columns = dict.fromkeys(c for row in table.values() for c in row)
+    known = {c: [row[c] for row in table.values() if row.get(c, NAN) == row.get(c, NAN)] for c in columns}
     low = {c: min(found) for c, found in known.items() if found and min(found) < max(found)}
     return [
         {
             "name": name, "counts": counts(page.images), "values": table[name],
-            "lowest": {c for c, value in low.items() if table[name][c] == value},
+            "lowest": {c for c, value in low.items() if table[name].get(c) == value},
         }
         for name, page in classes.items()
     ]  # fmt: skip

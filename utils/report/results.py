@@ -21,6 +21,8 @@ from utils.report.tables import (
     TITLES,
     Table,
     csv_text,
+    extra_rows,
+    extra_table,
     latex_page,
     markdown_page,
     percent,
@@ -107,19 +109,6 @@ def columns_of(results: Results) -> tuple[str, ...]:
     return tuple(c for c in COLUMNS if c not in lost and not (c == "mad" and lost)) or COLUMNS
 
 
-def extra_rows(results: Results) -> list[tuple[str, Mapping[str, float]]]:
-    """Classes and their mean with the metrics of the data set's own, fractions."""
-    columns = list(dict.fromkeys(c for row in results.extra.values() for c in row))
-    mean = {c: nanmean([row.get(c, NAN) for row in results.extra.values()]) for c in columns}
-    return [*results.extra.items(), (MEAN, mean)]
-
-
-def extra_table(results: Results) -> Table:
-    """The metrics of the data set's own, in per cent."""
-    rows = [(name, {c: percent(v) for c, v in row.items()}) for name, row in extra_rows(results)]
-    return Table(rows=rows, columns=tuple(rows[-1][1]), title="As the data set's paper measures")
-
-
 def comparison_table(results: Results) -> Table:
     """Our means above the published ones."""
     rows = [(OURS, {c: percent(v) for c, v in values(results.mean).items()})]
@@ -154,7 +143,7 @@ def class_table(results: Results) -> Table:
 
 def tables_of(results: Results) -> list[Table]:
     """The results, and with --compare the published figures."""
-    own = [extra_table(results)] if results.extra else []
+    own = [extra_table(results.extra)] if results.extra else []
     compared = [comparison_table(results)] if results.config.compared else []
     if compared and class_rows(results.config.data.dataset):
         compared.append(class_table(results))
@@ -253,7 +242,7 @@ def results_json(results: Results) -> dict[str, Any]:
     if results.concepts:
         content["concepts"] = asdict(results.concepts)
     if results.extra:
-        content["extra"] = {"classes": results.extra, "mean": extra_rows(results)[-1][1]}
+        content["extra"] = {"classes": results.extra, "mean": extra_rows(results.extra)[-1][1]}
     if results.intervals:
         content["intervals"] = results.intervals.plain()
     if results.config.compared:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.metrics import METRICS, ClassResult
+from utils.metrics import METRICS, NAN, ClassResult, nanmean
 from utils.run.text import one_line, printable
 from utils.run.writer import write_whole
 
@@ -20,6 +20,7 @@ TITLES = {
     "pixel_ap": "P-AP", "pixel_f1max": "P-F1max", "aupro": "AUPRO", "mad": "mAD",
 }  # fmt: skip
 MEAN, BEST = "mean", "best on test"
+OWN_METRICS = "As the data set's paper measures"
 LATEX = {
     "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$", "²": r"$^2$",
@@ -64,6 +65,19 @@ def with_deviation(value: float, deviation: float) -> str:
     return f"{percent(value)} ± {percent(deviation)}" if deviation == deviation else percent(value)
 
 
+def extra_rows(extra: Mapping[str, Mapping[str, float]]) -> list[tuple[str, Mapping[str, float]]]:
+    """Classes and their mean with the metrics of the data set's own, fractions."""
+    columns = list(dict.fromkeys(c for row in extra.values() for c in row))
+    mean = {c: nanmean([row.get(c, NAN) for row in extra.values()]) for c in columns}
+    return [*extra.items(), (MEAN, mean)]
+
+
+def extra_table(extra: Mapping[str, Mapping[str, float]]) -> Table:
+    """The metrics of the data set's own, in per cent."""
+    rows = [(name, {c: percent(v) for c, v in row.items()}) for name, row in extra_rows(extra)]
+    return Table(rows=rows, columns=tuple(rows[-1][1]), title=OWN_METRICS)
+
+
 def terminal(table: Table) -> str:
     """Aligned plain text; the first column left, the others right."""
     lines = table.lines()
@@ -105,7 +119,7 @@ def csv_text(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[st
     """Comma-separated values under the columns' keys; empty for NaN and for what is not there."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([first, *columns])
+    writer.writerow([csv_cell(v) for v in (first, *columns)])
     for name, row in rows:
         writer.writerow([csv_cell(v) for v in (name, *(row.get(c) for c in columns))])
     return out.getvalue()

@@ -71,15 +71,12 @@ def autocast(device: torch.device, enabled: bool) -> AbstractContextManager:
 def exact_products(device: torch.device) -> Iterator[None]:
     """Full single precision: neither bfloat16 nor TensorFloat-32 has the bits to tell which vector is nearest."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    if device.type == "cuda":
-        matmul.allow_tf32 = False
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
     try:
         with full_precision(device):
             yield
     finally:
-        if device.type == "cuda":
-            matmul.allow_tf32 = before
+        matmul.allow_tf32 = before
 
 
 def check_compiler(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,9 @@ def write_whole(path: Path, data: bytes | Callable[[BinaryIO], object], *, durab
     except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk does not say whose it was
+        if isinstance(error, OSError) and not error.errno:  # NumPy's
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        if isinstance(error, OSError) and not error.filename:  # a full disk does not say whose it was
             error.filename = str(path)
         raise
     if durable:
