@@ -57,7 +57,7 @@ def count(config: Config, batch: int, remembered: int) -> Counted:
     """Of a model with so many images in its memory, if it has one, and so many in each process's batch."""
     model = config.model
     with torch.device("meta"):
-        extractor = FrozenExtractor(model.extractor, input_size=config.data.input_size, pretrained=False)
+        extractor = FrozenExtractor(model.extractor, input_size=config.data.view_size, pretrained=False)
         flow = VQFlow(model, extractor.channels, extractor.strides, recompute=config.train.checkpoint_activations)
         detector = Detector(flow, new_scorer(model, extractor.channels), size=config.score_size)
     for module in (extractor, detector):
@@ -93,7 +93,7 @@ def of_batch(kept: Sequence[Tensor], batch: int) -> list[Tensor]:
 
 def extracted(extractor: FrozenExtractor, config: Config) -> tuple[Work, list[Tensor]]:
     """The work of extraction, and kept features."""
-    side = config.data.input_size
+    side = config.data.view_size
     image = torch.empty(AT_ONCE, 3, side, side).contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), Work() as work:
         with mixed(config):

@@ -1,14 +1,16 @@
-"""python run_onnx.py model.onnx PATH... judges pictures by a model of --mode export; needs numpy, pillow, onnxruntime.
+"""Judges pictures by a model that `--mode export` wrote: python run_onnx.py model.onnx PATH...
 
-Reads JPEG and PNG files of 8 bits a channel, and those in folders, as the program itself does: a line of CSV for each,
-the peak in pixels of the picture as people see it. Status 1: a file could not be judged, and its line says why.
+Needs numpy, pillow and onnxruntime. Reads JPEG and PNG files of 8 bits a channel, and those in folders, as the program
+does: a line of CSV for each, the peak in pixels of the picture as people see it. Status 1: see the line of a file.
 """
 
 import contextlib
 import csv
 import json
 import os
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,8 @@ import onnxruntime
 from PIL import Image
 
 COLUMNS = ("path", "score", "p_value", "threshold", "verdict", "peak_x", "peak_y", "peak_value", "error")
-MOVES = (*range(32), *range(127, 160), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))  # cursors
-SHOWN = {number: ascii(chr(number))[1:-1] for number in MOVES}
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # by the tag, what turns a picture upright
+ODD = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")  # moves cursors
 
 
 def files_of(places):  # each file, and the pictures in each folder, nested ones too; hidden ones are passed over
@@ -35,8 +36,10 @@ def read(path, facts):  # a file as RGB or grey, upright
         if image.format == "PNG" and getattr(image, "is_animated", False):
             raise ValueError("holds several frames; expected one image a file")
         image.load()
-        with contextlib.suppress(Exception):  # upright, where a file does not say, or its tags are damaged
-            image = image.transpose(TURNS[image.getexif()[0x0112]])
+        turn = None
+        with contextlib.suppress(Exception):  # upright, where a file's tags are damaged
+            turn = TURNS.get(image.getexif().get(0x0112))
+        image = image if turn is None else image.transpose(turn)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         readings, image = facts["readings"].values(), image.convert("RGBA")
         if not all(r["coarse"] for r in readings) and np.asarray(image)[..., 3].min() < 255:  # coarse: dropped alpha
@@ -60,27 +63,18 @@ def axis(own, size, facts):  # of a picture's side: the square's, and where what
     return side, first, last, (first + cut) * (own / long), (last + cut) * (own / long)
 
 
-def drawn(values, count):  # rows interpolated to so many
-    place = ((np.arange(count) + 0.5) * len(values) / count - 0.5).clip(0, len(values) - 1)
-    low, share = np.int64(place), np.float32(place % 1)[:, None]
-    return values[low] * (1 - share) + values[np.minimum(low + 1, len(values) - 1)] * share
-
-
 def look(session, facts, image):  # what the model says of a picture, and the rows and columns that its map is of
     (side, x0, x1, left, right), (_, y0, y1, top, bottom) = (axis(own, image.size, facts) for own in image.size)
     seen = image.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS, (left, top, right, bottom)).convert("RGB")
-    pixels = np.pad(np.asarray(seen), ((y0, side - y1), (x0, side - x1), (0, 0)), "edge")[None]
-    found = {o.name: v[0] for o, v in zip(session.get_outputs(), session.run(None, {"image": pixels}), strict=True)}
+    pixels = np.pad(np.asarray(seen), ((y0, side - y1), (x0, side - x1), (0, 0)), "edge")
+    names = (output.name for output in session.get_outputs())
+    found = dict(zip(names, (value[0] for value in session.run(None, {"image": pixels[None]})), strict=True))
     x0, x1, y0, y1 = (round(edge * len(found["map"]) / side) for edge in (x0, x1, y0, y1))
     x, y, right, bottom = (round(edge) for edge in (left, top, right, bottom))
-    part = drawn(found["map"][y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)], max(bottom - y, 1))
-    part = drawn(part.T, max(right - x, 1)).T
+    part = Image.fromarray(np.float32(found["map"][y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]))
+    shape, extent = (max(right - x, 1), max(bottom - y, 1)), (0, 0, *part.size)
+    part = np.asarray(part.transform(shape, Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR))
     return found, part, np.s_[:, y : y + len(part), x : x + len(part.T)]
-
-
-def cell(text):  # in one line, and behind an apostrophe where a spreadsheet would compute it
-    text = os.fsencode(text).decode("utf-8", "backslashreplace").translate(SHOWN)
-    return "'" * text.startswith(("=", "+", "-", "@")) + text
 
 
 def judge(session, facts, path):  # a line of the table: the highest tile's score, maps that pass into each other
@@ -90,8 +84,8 @@ def judge(session, facts, path):  # a line of the table: the highest tile's scor
     for y, x in ((y, x) for y in starts(high, tile, overlap) for x in starts(wide, tile, overlap)):
         found, part, seen = look(session, facts, image.crop((x, y, min(x + tile, wide), min(y + tile, high))))
         depths = (n / 2 - abs(np.arange(n) + 0.5 - n / 2) for n in part.shape)  # how far from the tile's border
-        rows, columns = (np.minimum(depth / max(overlap, 0.5), 1) for depth in depths)
-        total[:, y : y + tile, x : x + tile][seen] += np.stack((part, np.ones_like(part))) * rows[:, None] * columns
+        weight = np.outer(*(np.minimum(depth / max(overlap, 0.5), 1) for depth in depths))
+        total[:, y : y + tile, x : x + tile][seen] += np.stack((part * weight, weight))
         best = max(best, found, key=lambda one: one["score"])
     heat = np.divide(*total, out=np.full((high, wide), -np.inf, np.float32), where=total[1] > 0)
     said = {n: f"{best[n]:.6g}" for n in ("score", "p_value", "threshold") if n in best}
@@ -99,9 +93,15 @@ def judge(session, facts, path):  # a line of the table: the highest tile's scor
     return said | {"peak_x": heat.argmax() % wide, "peak_y": heat.argmax() // wide, "peak_value": f"{heat.max():.6g}"}
 
 
+def cell(text):  # of one line, and behind an apostrophe where a spreadsheet would compute it
+    text = ODD.sub(lambda c: ascii(c[0])[1:-1], os.fsencode(text).decode("utf-8", "backslashreplace"))
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
 def main(arguments):  # status: 0, 1 if a file could not be judged, 2 for a mistake on the command line
     if len(arguments) < 2:
         return print("usage: python run_onnx.py model.onnx PATH...", file=sys.stderr) or 2
+    warnings.simplefilter("ignore")  # Pillow's, of large images; of too large ones it makes an error
     session = onnxruntime.InferenceSession(arguments[0], providers=onnxruntime.get_available_providers())
     facts = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
     table, failed = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n"), 0

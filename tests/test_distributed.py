@@ -173,7 +173,7 @@ def test_the_first_process_alone_writes_and_prints(runs: Runs) -> None:
         assert one == many
     text, errors = runs.output.stdout, runs.output.stderr
     assert text.count("2 classes, 10 training images; run folder: ") == 2, "both trainings, once"
-    assert text.count("6 a step; learning rate 0.0001") == 1
+    assert text.count("6 a step; learning rate 0.0001") == 2, "of all classes, and of tiles"
     assert errors.count("error: --batch-size: expected at least one image for each of") == 1
     assert errors.count("error: refused by the first one") == 1
     assert "echo" not in errors and "Warning" not in errors

@@ -1,6 +1,7 @@
 """Large images in tiles: every pixel once, no seams, and a small defect found."""
 
 import json
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,6 +55,20 @@ def test_tiles_are_stitched_without_seams() -> None:
     for left, top, right, bottom in geometry.tiles(size):
         small.add(np.ones((8, 8)), (left, top, right, bottom))
     np.testing.assert_allclose(small.map, np.ones((50, 50)), atol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_number_of_tiles() -> None:
+    peaks = []
+    for overlap, count in ((0, 16**2), (56, 121**2)):
+        boxes = Geometry(input_size=64, tile=64, overlap=overlap).tiles((1024, 1024))
+        assert len(boxes) == count
+        tracemalloc.start()
+        whole, says = Stitch((1024, 1024), overlap), np.ones((8, 8), np.float32)
+        for box in boxes:
+            whole.add(says, box)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < 1.05 * min(peaks) < 10 * 2**20, "two maps of four bytes a pixel, and a tile"
 
 
 def make(root: Path) -> Path:
@@ -114,6 +129,8 @@ def test_metrics_are_of_the_stitched_maps_and_predictions_the_same(run: Path) ->
     found = evaluate(
         load_detector(content, stage, ""), stage.ordered_features(test).epoch(0), names, config.eval, test=test
     )
+    batches = [len(batch.label) for batch in stage.test_features(test).epoch(0)]
+    assert max(batches) == config.train.batch_size and sum(batches) == len(test.tiled), "15 tiles in 4 batches"
     judge = load_image_detector(run, device="cpu")
     masks: list[np.ndarray] = []
     maps: list[np.ndarray] = []
