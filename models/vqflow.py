@@ -128,14 +128,15 @@ class VQFlow(nn.Module):
         if noise:
             features = [h + noise * normal_like(h) for h in features]
         conditions = self.hierarchy(features)
-        latents, local = [], []
-        for level, flow in enumerate(self.level_flows):
-            z, change = flow(features[level], conditions.maps[level], recompute=self.recompute)
+        latents: list[Tensor] = [features[0]] * LEVELS
+        local: list[Tensor] = [features[0]] * LEVELS
+        for level in reversed(range(LEVELS)):  # backward begins where activations are largest and gradients smallest
+            z, change = self.level_flows[level](features[level], conditions.maps[level], recompute=self.recompute)
             if self.prior is not None:
                 z, extra = self.prior(level, z, conditions.concept)
                 change = change + extra
-            latents.append(z)
-            local.append(change - getattr(self, f"std_{level}").log().sum())
+            latents[level] = z
+            local[level] = change - getattr(self, f"std_{level}").log().sum()
         fused, changes = self.fusion(tuple(latents), conditions.maps[LEVELS])
         local = [a + b for a, b in zip(local, changes, strict=True)]
         return VQFlowOutput(
