@@ -85,6 +85,7 @@ class Stage:
             pretrained=model.pretrained,
             normalization=normalization,
         ).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.extractor.quicken(config.data.input_size)
         self.fingerprint = self.extractor.fingerprint()
         self.workers = resolve_workers(config.data.workers, self.device.type)
         self._loaders: list[ImageLoader] = []

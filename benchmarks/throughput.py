@@ -64,19 +64,19 @@ def compare(bench: Bench, kind: str, forms: list[Form], rounds: int, rates: dict
     """Medians of every form over interleaved rounds; prints a table row for each."""
     seconds: dict[str, list[dict[str, float]]] = {form.name: [] for form in forms}
     work = bench.train_step if kind == "training" else bench.infer
-    flops = {}
+    flops, training = {}, kind == "training"
     for number in range(rounds + 1):
         for form in forms:
             if number == 0:  # warms up; compiled code is counted uncompiled
-                bench.use(replace(form, compiled=False))
+                bench.use(replace(form, compiled=False), training=training)
                 if kind == "inference":
                     work()
                 flops[form.name] = bench.counted(work)
                 if form.compiled:
-                    bench.use(form)
+                    bench.use(form, training=training)
                     work()
             else:
-                bench.use(form)
+                bench.use(form, training=training)
                 if kind == "inference":
                     work()  # makes the tables that a model keeps from batch to batch
                 seconds[form.name].append(bench.timed(work))
@@ -146,7 +146,7 @@ def grow(args: argparse.Namespace, device: torch.device) -> None:
         bench.use(form)
         flops = sum(bench.counted(bench.train_step).values()) / 1e9
         trained = median(sum(bench.timed(bench.train_step).values()) for _ in range(args.rounds))
-        bench.use(replace(form, cached=False))
+        bench.use(replace(form, cached=False), training=False)
         bench.infer()
         inferred = median(sum(bench.timed(bench.infer).values()) for _ in range(args.rounds))
         print(f"| {name} | {value} | {trained:.3g} | {flops:.4g} | {inferred:.3g} |", flush=True)
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--grow", action="store_true", help="how the cost grows instead of the comparison")
     parser.add_argument("--no-compile", action="store_true", help="without the compiled form")
+    parser.add_argument("--only", choices=("inference", "training"), help="one of the two, which need not fit together")
     parser.add_argument("--ends", action="store_true", help="only the released way and our best: for large batches")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # peak memory of one form, in this process
@@ -188,13 +189,13 @@ def main() -> None:
         f"size {args.size}, {device}, {torch.get_num_threads()} threads, matrix rate {rates[False] / 1e9:.4g} GFLOP/s"
     )
     check_agreement(bench)
-    rows = {
-        "inference": compare(bench, "inference", for_inference(forms), args.rounds, rates),
-        "training": compare(bench, "training", forms, args.rounds, rates),
-    }
+    kinds = {"inference": for_inference(forms), "training": forms}
+    rows = {k: compare(bench, k, kinds[k], args.rounds, rates) for k in kinds if args.only in (None, k)}
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     del bench, rows
+    if args.only == "inference":
+        return
     memory_table(args, [form for form in forms if not form.compiled])
 
 

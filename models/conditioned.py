@@ -19,11 +19,11 @@ from models.products import (
     borders,
     by_tap,
     looked_up,
-    product_dtype,
     table_of,
     vector_products,
 )
-from utils.run.device import full_precision
+from models.winograd import convolve, worthwhile
+from utils.run.device import full_precision, product_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,8 @@ class ConditionedConv2d(nn.Conv2d):
             total = self._by_table(x, condition, recorded=recorded)
         if codes is not None and recorded and codes.through.requires_grad:
             weight = self.weight[:, x.shape[1] : x.shape[1] + codes.through.shape[1]].detach()
-            total = StraightThrough.apply(total, codes.through, weight, product_dtype(weight))
+            quick = worthwhile(total, weight.transpose(0, 1))
+            total = StraightThrough.apply(total, codes.through, weight, product_dtype(weight), quick)
         return total
 
     def _by_table(self, x: Tensor, condition: Condition, *, recorded: bool) -> Tensor:
@@ -100,7 +101,7 @@ class ConditionedConv2d(nn.Conv2d):
             position = () if condition.position is None else (condition.position,)
             make = partial(table_of, condition, self.weight, own, taps)
             table = self._kept_or_made((self.weight, condition.codes.codes, *position), make)
-        return F.conv2d(x, weight, self.bias, padding=1) + looked_up(condition, table, products)
+        return convolve(x, weight, self.bias) + looked_up(condition, table, products)
 
     def _by_pieces(self, x: Tensor, condition: Condition) -> Tensor:
         """Without a table: a plain convolution of the map, or of the codes where there are fewer positions than codes.

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from models.condition import Condition
 from models.conditioned import ConditionedConv2d
-from models.products import product_dtype
-from utils.run.device import full_precision
+from models.winograd import Conv3x3
+from utils.run.device import full_precision, product_dtype
 
 # Of compiled code: levels, in training (the first block's input has no gradient) and not, one image and several, maps
 # of one place and larger ones, with autocast and without.
@@ -104,7 +104,7 @@ class Subnet(nn.Module):
         super().__init__()
         self.conv1 = ConditionedConv2d(channels, channels)
         self.ln = ChannelNorm(channels)
-        self.conv2 = nn.Conv2d(channels, out, 3, padding=1)
+        self.conv2 = Conv3x3(channels, out)
         self.activate = activate
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:

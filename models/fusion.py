@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from models.condition import Condition
 from models.conditioned import ConditionedConv2d
 from models.flow import ChannelNorm
-from models.products import product_dtype
+from utils.run.device import product_dtype
 
 BOUND = 1e6  # outputs are clamped to +-BOUND, as in the released code
 

@@ -24,14 +24,8 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from models.condition import TAPS, Condition
-from utils.run.device import full_precision
-
-
-def product_dtype(weight: Tensor) -> torch.dtype:
-    """What autocast wants products with `weight` to be computed in."""
-    kind = weight.device.type
-    known = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if known else weight.dtype
+from models.winograd import transposed
+from utils.run.device import full_precision, product_dtype
 
 
 def by_tap(weight: Tensor) -> Tensor:
@@ -150,19 +144,24 @@ class Products(torch.autograd.Function):
 
 
 class StraightThrough(torch.autograd.Function):
-    """The identity on its first argument; backward also convolves back to `through`, in precision `dtype`."""
+    """The identity on its first argument; backward also convolves back to `through`, in precision `dtype`.
+
+    `quick`: in the way of `models/winograd.py`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, through: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, out: Tensor, through: Tensor, weight: Tensor, dtype: torch.dtype, quick: bool) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.dtypes = dtype, through.dtype
+        ctx.dtypes, ctx.quick = (dtype, through.dtype), quick
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         (weight,), (dtype, through) = ctx.saved_tensors, ctx.dtypes
+        if ctx.quick:
+            return grad, transposed(grad, weight), None, None, None
         back = F.conv_transpose2d(grad.to(dtype), weight.to(dtype), padding=1).to(through)
-        return grad, back, None, None
+        return grad, back, None, None, None
 
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:

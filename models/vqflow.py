@@ -128,18 +128,19 @@ class VQFlow(nn.Module):
         if noise:
             features = [h + noise * normal_like(h) for h in features]
         conditions = self.hierarchy(features)
-        latents, local = [], []
-        for level, flow in enumerate(self.level_flows):
+        levels: list[tuple[Tensor, Tensor]] = []
+        for level in reversed(range(LEVELS)):  # backward begins with the largest maps and the smallest gradients
+            flow = self.level_flows[level]
             z, change = flow(features[level], conditions.maps[level], recompute=self.recompute)
             if self.prior is not None:
                 z, extra = self.prior(level, z, conditions.concept)
                 change = change + extra
-            latents.append(z)
-            local.append(change - getattr(self, f"std_{level}").log().sum())
-        fused, changes = self.fusion(tuple(latents), conditions.maps[LEVELS])
-        local = [a + b for a, b in zip(local, changes, strict=True)]
+            levels.insert(0, (z, change - getattr(self, f"std_{level}").log().sum()))
+        latents, local = zip(*levels, strict=True)
+        fused, changes = self.fusion(latents, conditions.maps[LEVELS])
+        local = tuple(a + b for a, b in zip(local, changes, strict=True))
         return VQFlowOutput(
-            latents=fused, log_det=sum(a.sum((1, 2)) for a in local), local_log_det=tuple(local),  # type: ignore[arg-type]
+            latents=fused, log_det=sum(a.sum((1, 2)) for a in local), local_log_det=local,  # type: ignore[arg-type]
             commitment=conditions.commitment, concept=conditions.concept_index, patterns=conditions.patterns,
         )  # fmt: skip
 

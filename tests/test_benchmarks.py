@@ -19,7 +19,7 @@ def test_inference_compares_what_differs_without_training() -> None:
     plain = [form for form in ladder(CPU) if not form.compiled and not form.bf16]
     assert [form.name for form in for_inference(plain)] == [
         "released way", "extractor without gradients", "our direct form", "structured condition", "channels-last",
-        "cached features",
+        "quick extractor", "cached features",
     ]  # fmt: skip
     assert [form.name for form in for_inference(ends(ladder(CPU)))] == ["released way", "ours", "cached features"]
     assert not any(form.cached for form in for_inference(plain)[:-1])

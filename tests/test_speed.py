@@ -67,6 +67,15 @@ def test_recomputed_equals_kept(mode: str) -> None:
         assert torch.equal(a, b), name  # the codebooks moved once
 
 
+def test_backward_frees_the_largest_maps_first() -> None:
+    """Before gradients of the wide coarse levels are there: that is less at the peak."""
+    model, order = build(), list[int]()
+    for level, flow in enumerate(model.level_flows):
+        flow.blocks[0].subnet.conv1.weight.register_hook(lambda _, level=level: order.append(level))
+    outcome(model, features())
+    assert order == [0, 1, 2]
+
+
 def test_recomputing_keeps_less() -> None:
     kept: list[int] = []
     for recompute in (False, True):

@@ -93,3 +93,10 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     """No autocast on a device, if there is such a thing on it (there is none on "meta")."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """What autocast wants products with `weight` to be computed in."""
+    kind = weight.device.type
+    known = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if known else weight.dtype

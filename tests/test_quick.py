@@ -1,0 +1,74 @@
+"""Extractors in a quicker form give the same features, and stay the same extractors."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models.extractor import PACKAGED, FrozenExtractor
+from models.quick import NORMS, ResponseNorm, fold, quickened
+
+SIZE = 160
+
+
+def extractor(name: str) -> FrozenExtractor:
+    """With norms that are not what they begin with."""
+    torch.manual_seed(0)
+    made = FrozenExtractor(name, input_size=SIZE, pretrained=False)
+    for layer in made.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.running_mean, -0.3, 0.3)
+            nn.init.uniform_(layer.running_var, 0.5, 2.0)
+        if isinstance(getattr(layer, "weight", None), nn.Parameter) and layer.weight.dim() == 1:
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.uniform_(layer.bias, -0.3, 0.3)
+    return made
+
+
+def norms(net: nn.Module) -> int:
+    return sum(type(layer) in NORMS for layer in net.modules())
+
+
+@pytest.mark.parametrize("name", ["convnextv2_atto", PACKAGED, "test_resnet", "test_vit"])
+def test_features_and_fingerprint_stay(name: str) -> None:
+    plain = extractor(name)
+    quick = copy.deepcopy(plain).quicken(SIZE)
+    torch.manual_seed(1)
+    image = torch.rand(2, 3, SIZE, SIZE)
+    for found, expected in zip(quick(image), plain(image), strict=True):
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for normalized in (False, True):
+        assert quick.fingerprint(normalized=normalized) == plain.fingerprint(normalized=normalized)
+
+
+def test_what_is_slow_has_gone() -> None:
+    response = [
+        layer for layer in extractor("convnextv2_atto").quicken(SIZE).modules() if isinstance(layer, ResponseNorm)
+    ]
+    assert len(response) == 12
+    for name, before, left in ((PACKAGED, 48, 0), ("test_resnet", 15, 1)):  # one follows no convolution of its module
+        made = extractor(name)
+        assert norms(made.net) == before
+        assert norms(made.quicken(SIZE).net) == left
+        assert not any(p.requires_grad for p in made.parameters())
+
+
+class Crossed(nn.Module):
+    """A module that computes in another order than it lists its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm, self.conv2 = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.norm(self.conv2(self.conv1(x).relu()))]
+
+
+def test_a_wrong_guess_is_taken_back() -> None:
+    torch.manual_seed(0)
+    net = Crossed().eval()
+    nn.init.uniform_(net.norm.running_mean, 1.0, 2.0)
+    assert fold(copy.deepcopy(net)) == 1
+    assert quickened(net, torch.rand(1, 3, 8, 8)) is net
+    assert norms(net) == 1
