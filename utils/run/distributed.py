@@ -11,10 +11,12 @@ import contextlib
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from itertools import zip_longest
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -47,7 +49,8 @@ def together() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-    _State.store, number, count = next(dist.rendezvous("env://", timeout=LONGEST))  # type: ignore[no-untyped-call]
+    store, number, count = next(dist.rendezvous("env://", timeout=LONGEST))  # type: ignore[no-untyped-call]
+    _State.store = unwritten(store, number, count)
     dist.init_process_group(store=_State.store, rank=number, world_size=count, timeout=LONGEST)
     with contextlib.ExitStack() as stack:
         if not is_first():
@@ -56,6 +59,28 @@ def together() -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stderr(silent))
         yield
     dist.destroy_process_group()  # not after an error: it might wait for those who are gone
+
+
+def unwritten(store: Any, number: int, count: int) -> Any:
+    """A part of a store that no process wrote to before.
+
+    torchrun keeps the store when it starts all processes again, and the addresses and notes of the dead would be taken
+    for those of the living. So the first one answers whoever is here under a name that is new, with the part's name.
+    """
+    name = uuid4().hex
+    store.set(f"here {number}", name)
+    if number:
+        part = store.get(f"answer {name}").decode()
+        store.set(f"{part} {number}", "")
+        return dist.PrefixStore(part, store)
+    missing, end = set(range(1, count)), time.monotonic() + LONGEST.total_seconds()
+    while missing and time.monotonic() < end:
+        for other in sorted(missing):
+            if store.check([f"here {other}"]):  # perhaps a dead one's word: it is read again
+                store.set("answer " + store.get(f"here {other}").decode(), name)
+        missing = {other for other in missing if not store.check([f"{name} {other}"])}
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 @contextlib.contextmanager
