@@ -15,6 +15,7 @@ import torch
 from default import Config, UsageError, to_dict
 from models.detector import Detector
 from models.first_look import first_look
+from models.form import quicker_form
 from models.official import load_strictly
 from resume import Saved
 from stage import load_decision, load_scorer
@@ -107,6 +108,8 @@ class Trainer:
                 self.detector, partial(kept, supply.everything), images=supply.images, batch_size=train.batch_size,
                 again=supply.again,
             )  # fmt: skip
+        if self.config.model.conditioning == "auto" and not self.config.run.deterministic:
+            self._choose_form()
         self.model = shared_by_all(self.flow)
         log = RunLog(
             self.folder, kept=done, config=to_dict(self.config), tensorboard=train.tensorboard, wandb=train.wandb_enable
@@ -121,6 +124,14 @@ class Trainer:
             if log is not None:
                 log.close()
         return FitResult(last=result or self.evaluate(self.detector), best_on_test=self.best)
+
+    def _choose_form(self) -> None:
+        """The quicker one of conditions, as the first process finds; of the fixed sample's images, as many as a batch
+        has or there are."""
+        features = next(kept(self.supply.sample))
+        amp = self.config.train.amp_enable
+        self.flow.hierarchy.direct, line = from_first(lambda: quicker_form(self.flow, features, amp=amp))
+        print(line)
 
     def _meta_epoch(self, epoch: int, log: RunLog | None) -> EvalResult | None:
         """Sub epochs, evaluation, a line in the log and checkpoints."""

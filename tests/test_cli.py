@@ -63,7 +63,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "pattern_quantize": ("no", False), "concat_pos": ("", True), "mixed_gaussian": ("", True), "dim_cpc": ("32", 32),
     "k_cpc": ("3", 3), "k_cspc": ("7", 7), "c_pos_conds": ("8", [8]), "c_conds": ("9 9 5", [9, 9, 5]),
     "parallel_blocks": ("3", [3]), "clamp": ("1.5", 1.5), "codebooks": ("released --quantize-enable", "released"),
-    "conditioning": ("direct", "direct"), "objective": ("released", "released"), "lr": ("0.01", 0.01),
+    "conditioning": ("auto", "auto"), "objective": ("released", "released"), "lr": ("0.01", 0.01),
     "batch_size": ("3", 3), "meta_epochs": ("4", 4), "sub_epochs": ("5", 5), "schedule": ("cosine", "cosine"),
     "warmup": ("0.25", 0.25), "weight_decay": ("0.125", 0.125), "noise": ("0.5", 0.5), "clip_norm": ("1.5", 1.5),
     "quantize_weight": ("0.25", 0.25), "reassign_quantize": ("--quantize-enable", True), "amp_enable": ("", True),
