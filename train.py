@@ -51,10 +51,20 @@ def parts_of(config: Config, class_names: tuple[str, ...]) -> list[Part]:
     return made
 
 
+def fitting(config: Config, parts: list[Part]) -> Config:
+    """Without a memory where a model has a single training image, which there is nothing to compare with."""
+    if not config.model.memory or min(len(part.kept.tiled) for part in parts) > 1:
+        return config
+    if is_first():
+        print("--memory: left out, as there is a single training image, which there is nothing to compare with")
+    return replace(config, model=replace(config.model, memory=0))
+
+
 def run_training(config: Config) -> Path:
     """Train one model for all classes, or one per class; write and show the table at the end; the run folder."""
     class_names = resolve_classes(config.data)
     parts = parts_of(config, class_names)
+    config = fitting(config, parts)
     check_loggers(config.train)
     stage = Stage(config)
     queued = processes() > 1 and not config.data.multi_class

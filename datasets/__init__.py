@@ -226,14 +226,15 @@ def tell_readings(readings: Mapping[str, Reading]) -> None:
 
 def evenly_spread(dataset: ImageFolder, share: float = 0.0, seed: int | None = None) -> tuple[int, ...]:
     """Numbers of some images of each class at equal distances, with a seed random ones: a `share` of them, one at
-    least; without a share at most `CALIBRATION`."""
+    least, but never all; without a share at most `CALIBRATION`."""
     by_class: dict[int, list[int]] = {}
     for number, item in enumerate(dataset.items):
         by_class.setdefault(item.class_index, []).append(number)
     chosen: list[int] = []
     shuffle = random.Random(seed).shuffle if seed is not None else None
     for _, numbers in sorted(by_class.items()):
-        count = max(round(share * len(numbers)), 1) if share else min(CALIBRATION, len(numbers))
+        part = min(max(round(share * len(numbers)), 1), len(numbers) - 1)
+        count = part if share else min(CALIBRATION, len(numbers))
         if shuffle is not None:
             shuffle(numbers)
         chosen += [numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)]
@@ -244,8 +245,8 @@ def split_holdout(normal: ImageFolder, share: float, seed: int | None = None) ->
     """Of normal images those to train on, and those that calibrate.
 
     A class that brings images of its own for that (`Item.held_out`) is calibrated with them, and trained on all others.
-    Of another class a `share` (one at least; see `evenly_spread`) is kept out of training; without a share all are
-    trained on, and some of them, at most `CALIBRATION`, calibrate, too.
+    Of another class a `share` (see `evenly_spread`) is kept out of training; without a share, or where that is none at
+    all, all are trained on, and some of them, at most `CALIBRATION`, calibrate, too.
 
     Raises:
         UsageError: nothing is left to train on.
@@ -254,6 +255,8 @@ def split_holdout(normal: ImageFolder, share: float, seed: int | None = None) ->
     others = normal.having([item for item in normal.items if item.class_index not in own])
     chosen = {others.items[n] for n in evenly_spread(others, share, seed)}
     out = [item for item in normal.items if item.held_out or item in chosen]
+    if share and not out:
+        return split_holdout(normal, 0.0)
     kept = [item for item in normal.items if not item.held_out and not (share and item in chosen)]
     if not kept:
         raise UsageError(f"--holdout: {share} of the training images leaves none to train on")

@@ -294,8 +294,16 @@ def test_without_a_share_all_are_trained_on_and_a_few_of_each_class_calibrate() 
     assert len(kept.items) == 45
     assert [sum(i.class_index == c for i in out.items) for c in range(2)] == [16, 5]
     assert not are_unseen(kept, out)
+
+
+def test_a_class_of_one_image_is_trained_on() -> None:
+    kept, out = split_holdout(folder_of((20, 1)), 0.1)
+    assert [item.class_index for item in kept.items].count(1) == 1 and len(out.items) == 2
+    alone, calibrating = split_holdout(folder_of((1,)), 0.5)
+    assert len(alone.items) == len(calibrating.items) == 1 and not are_unseen(alone, calibrating)
     with pytest.raises(UsageError, match=r"--holdout: 0\.5"):
-        split_holdout(folder_of((1,)), 0.5)
+        whole = folder_of((1,))
+        split_holdout(whole.having([replace(item, held_out=True) for item in whole.items]), 0.5)
 
 
 @pytest.mark.parametrize(("share", "held"), [(0.0, (16, 3)), (0.5, (20, 3))])

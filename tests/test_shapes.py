@@ -10,7 +10,7 @@ from PIL import Image
 
 from datasets import build_datasets
 from default import from_dict
-from fake_data import METHOD, TINY, picture, save
+from fake_data import METHOD, TINY, make_mvtec, picture, save
 from main import main
 from stage import Stage, image_readings, load_detector
 from test import evaluate
@@ -109,3 +109,21 @@ def test_a_checkpoint_keeps_its_shape(run: Path, capsys: pytest.CaptureFixture[s
     assert main([*words, "--work-dir", str(run.parent), "--device", "cpu"]) == 2
     assert "--resize: " in capsys.readouterr().err
     assert torch.load(run / "last.pt", weights_only=True)["config"]["data"]["center_crop"] == 56
+
+
+def test_one_image_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that can be known of a data set of a single picture: another one is stranger than itself."""
+    data = make_mvtec(tmp_path / "data", ("bottle",))
+    (only,) = (data / "bottle/train/good").glob("000.png")
+    (tmp_path / "one").mkdir()
+    only.rename(tmp_path / "one" / only.name)
+    words = ["--preset", "cpu", *TINY, "--dataset", "folder", "--data-path", str(tmp_path / "one"), "--no-report"]
+    assert main([*words, "--work-dir", str(tmp_path / "runs"), "--name", "run"]) == 0
+    assert "--memory: left out, as there is a single training image" in capsys.readouterr().out
+    (run,) = (tmp_path / "runs").glob("run*")
+    bad = next((data / "bottle/test").glob("scratch/*.png"))
+    asked = ["--mode", "predict", "--eval_ckpt", str(run), "--device", "cpu", "--output", str(tmp_path / "said")]
+    assert main([*asked, str(tmp_path / "one"), str(bad)]) == 0
+    with (tmp_path / "said" / "scores.csv").open(encoding="utf-8") as file:
+        own, other = (float(row["score"]) for row in csv.DictReader(file))
+    assert own < other
