@@ -1,5 +1,6 @@
 """Layouts, image modes, masks, order, bad input and worker processes."""
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -266,6 +267,8 @@ def test_spawned_workers_give_the_same_batches_and_errors(tmp_path: Path) -> Non
             list(ordered_loader(test, batch_size=4, workers=workers))
         assert str(caught.value).startswith(f"{bad}: cannot be read as an image")
         assert "\n" not in str(caught.value)
+        del caught  # and with it, in its traceback, what holds the workers
+        gc.collect()
 
 
 def test_a_batch_has_the_promised_types(tmp_path: Path) -> None:
