@@ -61,11 +61,11 @@ def run(config: Config, rounds: int, cpu_time: bool) -> None:
     built = now() - begin
     detector = stage.build_detector()
     model = detector.flow
-    ordered = stage.ordered_features(source.dataset)
+    ordered = stage.ordered_features(dataset)
     first_look(
         detector,
         lambda: (batch.features for batch in ordered.epoch(0)),
-        images=len(source.dataset),
+        images=len(dataset),
         batch_size=config.train.batch_size,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
