@@ -58,7 +58,7 @@ class ReleasedSubnet(nn.Module):
         net = self.net
         hidden = F.conv2d(joined, net.conv1.weight, net.conv1.bias, padding=1).permute(0, 2, 3, 1)
         hidden = F.layer_norm(hidden, net.ln.normalized_shape, net.ln.weight, net.ln.bias, net.ln.eps)
-        return net.conv2(F.relu(hidden.permute(0, 3, 1, 2)))
+        return F.conv2d(F.relu(hidden.permute(0, 3, 1, 2)), net.conv2.weight, net.conv2.bias, padding=1)
 
 
 def freia_block(block: CouplingBlock, condition: int) -> AllInOneBlock:
