@@ -88,6 +88,8 @@ TRAINED = {
     "context at distance 1": ["--context", "1"],
     "context at distance 3": ["--context", "3"],
     "no codebooks": ["--no-quantize-enable", "--no-mixed-gaussian"],
+    "no patterns (CSPC), concepts alone": ["--no-pattern-quantize"],
+    "no mixed Gaussian": ["--no-mixed-gaussian"],
     "no position encoding": ["--no-concat-pos"],
     "released recipe, 8 sub epochs": [
         "--objective", "released", "--codebooks", "released", "--no-standardize", "--noise", "0", "--weight-decay", "0",

@@ -51,7 +51,7 @@ def vectors(images: int, places: int, width: int, room: float, folder: str) -> T
 def filled(images: int, shapes: list[tuple[int, ...]], room: float, folder: str) -> Memory:
     """A memory of so many images."""
     rule = ScoreRule()
-    memory = Memory(channels=[c for c, _, _ in shapes], views=rule.views, nearest=rule.nearest)
+    memory = Memory(channels=[c for c, _, _ in shapes], views=rule.views, search=rule.search)
     memory.descriptors = torch.randn(images, shapes[-1][0]).half()
     for number, view in enumerate(rule.views):
         (_, height, width), channels = shapes[view.levels[0]], sum(shapes[level][0] for level in view.levels)

@@ -8,7 +8,7 @@ section 3). No class label is needed for it: an image of another product is seld
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ AT_ONCE = {"cpu": 1 << 10}  # descriptors compared at a time, in single precisio
 MOST_AT_ONCE = 1 << 16  # elsewhere
 ROWS = 256  # stored vectors compared at a time on a CPU: the products of more do not stay in its cache
 SAME = 0.01  # of a descriptor's norm: closer to a stored one than this is the same image
+RAMP = 0.05  # a place that is farther by this share than those that are searched no more is searched for its full worth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +44,17 @@ class Memory(nn.Module):
     Args:
         channels: channels of the four levels.
         views: what is looked at.
-        nearest: how many images, those most like an image, it is compared with.
+        search: how many images, those most like an image first, it is compared with in each round; in each round with
+            half as many of its places as before, those that are still the farthest from all that was found.
 
     Vectors may stay in main memory (`place`; auto: if they take more than `ROOM` of a GPU): of a million images only
-    those of the `nearest` ones are sent to the device, for each image that is judged. The descriptors, some thousandths
-    of it all, say which, and lie on the device.
+    those that are searched are sent to the device, for each image that is judged. The descriptors, some thousandths of
+    it all, say which, and lie on the device.
     """
 
-    def __init__(self, *, channels: Sequence[int], views: Sequence[View], nearest: int) -> None:
+    def __init__(self, *, channels: Sequence[int], views: Sequence[View], search: Sequence[int]) -> None:
         super().__init__()
-        self.views, self.nearest, self.place = tuple(views), nearest, "auto"
+        self.views, self.search, self.place = tuple(views), tuple(search), "auto"
         self.descriptors: Tensor
         self.register_buffer("descriptors", torch.zeros(0, channels[-1], dtype=torch.float16))
         for v, view in enumerate(self.views):
@@ -90,7 +92,7 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: Sequence[Tensor], *, own: bool = True) -> list[Tensor]:
-        """Euclidean distance to the nearest vector of the `nearest` images that are most like each image.
+        """Euclidean distance to the nearest vector that is found (see `search`) in the images most like each image.
 
         One map (B, H, W) per view, on the grid of its finer level. Without `own` an image's own vectors are left out,
         if it is one of those remembered: a stored image is at no distance from itself, a new one always is.
@@ -101,14 +103,14 @@ class Memory(nn.Module):
         return found
 
     def _most_alike(self, descriptor: Tensor, own: bool) -> Tensor:
-        """Numbers of the stored images most like each one of `descriptor` (B, C_3): (B, at most `nearest`)."""
+        """Numbers of the stored images most like each one of `descriptor` (B, C_3): (B, at most sum(search))."""
         known = self.descriptors.split(AT_ONCE.get(descriptor.device.type, MOST_AT_ONCE))
         gaps = torch.cat([squared(descriptor, part.float()) for part in known], 1)
         if not own:
             closest = gaps.argmin(1)
             gone = (descriptor - self.descriptors[closest].float()).norm(dim=1) < SAME * descriptor.norm(dim=1)
             gaps[gone.nonzero().flatten(), closest[gone]] = torch.inf
-        gap, near = gaps.topk(min(self.nearest, len(self.descriptors)), largest=False)
+        gap, near = gaps.topk(min(sum(self.search), len(self.descriptors)), largest=False)
         return near if own else torch.where(gap.isinf(), near[:, :1], near)  # another one in its place
 
     def _distances(self, features: Sequence[Tensor], v: int, near: Tensor) -> Tensor:
@@ -116,11 +118,19 @@ class Memory(nn.Module):
         view, vectors = self.views[v], getattr(self, f"vectors_{v}")
         places = self.embed(features, view)
         if torch.compiler.is_exporting():  # a traced batch has no length yet
-            distance = nearest(places, vectors[near].flatten(1, 2))
+            distance = nearest_in_rounds(places, self._rounds(vectors, near))
         else:
             pairs = zip(places.split(1), near.split(1), strict=True)
-            distance = torch.cat([nearest(own, looked_up(vectors, rows).flatten(1, 2)) for own, rows in pairs])
+            distance = torch.cat([nearest_in_rounds(own, self._rounds(vectors, rows)) for own, rows in pairs])
         return distance.unflatten(1, features[view.levels[0]].shape[-2:])
+
+    def _rounds(self, vectors: Tensor, near: Tensor) -> Iterator[Tensor]:
+        """The vectors (B, R, C) of the images `near` (B, M), one round of the search after the other."""
+        start = 0
+        for count in self.search:
+            if start < near.shape[1]:
+                yield looked_up(vectors, near[:, start : start + count]).flatten(1, 2)
+            start += count
 
 
 class Choice:
@@ -211,6 +221,28 @@ def spread(values: Sequence[Tensor], a: int, b: int, part: int) -> Tensor:
     """Channels of the levels a and b, one after the other, with zeros in place of the other part's."""
     kept = [values[a], torch.zeros_like(values[b])] if part == 0 else [torch.zeros_like(values[a]), values[b]]
     return torch.cat(kept)
+
+
+def nearest_in_rounds(places: Tensor, rounds: Iterable[Tensor]) -> Tensor:
+    """Distance (B, L) of `places` (B, L, C) to the nearest vectors in some `rounds` of them, (B, R, C) each.
+
+    All places are compared with the first round's vectors, and in each later round those that are farthest until then,
+    half as many as in the round before. So a map's high places, which scores are made of, end with the distance to the
+    nearest of all, and the others with no less. A place that is hardly among the farthest gets but a part of what a
+    round brings (`RAMP`): distances are continuous in the places, and engines that round in other ways agree.
+    """
+    found: Tensor | None = None
+    for number, vectors in enumerate(rounds):
+        if found is None:
+            found = nearest(places, vectors)
+            continue
+        far, where = found.topk((places.shape[1] >> number) + 1, dim=1)
+        own = places.gather(1, where[:, :, None].expand(-1, -1, places.shape[2]))
+        limit = far[:, -1:]
+        part = ((far - limit) / (RAMP * limit).clamp(min=1e-6)).clamp(max=1)
+        found = found.scatter(1, where, far - part * (far - nearest(own, vectors)).clamp(min=0))
+    assert found is not None
+    return found
 
 
 def nearest(places: Tensor, vectors: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class ScoreRule:
 
     Attributes:
         views: what the memory looks at, and how much each view counts.
-        nearest: images that are searched for each image.
+        search: images that are searched for each image, in rounds (see `Memory`).
         flow_weight: how much each of the flow's levels counts.
         context_weights: the same for the context's four levels.
         level_share: share of an image's highest pixels whose mean is its level.
@@ -42,7 +42,7 @@ class ScoreRule:
         View(levels=(1, 2), places=256, weight=2.0),
         View(levels=(2, 3), places=128, weight=1.0),
     )
-    nearest: int = 48
+    search: tuple[int, ...] = (8, 8, 16, 16)
     flow_weight: float = 0.5
     context_weights: tuple[float, ...] = (0.7, 0.7, 0.7, 0.35)
     level_share: float = 0.01
@@ -62,7 +62,9 @@ class ScoreRule:
         """
         views = tuple(View(**view | {"levels": tuple(view["levels"])}) for view in plain["views"])
         weights = tuple(plain.get("context_weights", ()))  # older checkpoints have none
-        return cls(**dict(plain) | {"views": views, "context_weights": weights})
+        others = {name: value for name, value in plain.items() if name != "nearest"}
+        search = tuple(plain["search"]) if "search" in plain else (plain["nearest"],)  # older ones have one round
+        return cls(**others | {"views": views, "context_weights": weights, "search": search})
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -169,7 +171,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.rule = rule or ScoreRule()
         self.context = Context(channels=channels, concepts=concepts, dilation=context) if context else None
-        self.memory = Memory(channels=channels, views=self.rule.views, nearest=self.rule.nearest) if memory else None
+        self.memory = Memory(channels=channels, views=self.rule.views, search=self.rule.search) if memory else None
         weights = [self.rule.flow_weight] * (len(channels) - 1)
         weights += self.rule.context_weights if context else []
         weights += [view.weight for view in self.rule.views] if memory else []

@@ -15,7 +15,7 @@ from default import UsageError, make_config
 from models import memory
 from models.detector import Detector
 from models.first_look import first_look, stacked
-from models.memory import Choice, Memory, Remembering, nearest
+from models.memory import Choice, Memory, Remembering, nearest, nearest_in_rounds
 from models.official import load_strictly
 from models.scorer import ScoreMaps, Scorer, ScoreRule
 from tests.test_vqflow import CHANNELS, build
@@ -35,8 +35,8 @@ def parts(features: list[torch.Tensor], at: int) -> list[list[torch.Tensor]]:
     return [[f[:at] for f in features], [f[at:] for f in features]]
 
 
-def fitted(images: int = IMAGES, size: int = 1000, nearest: int = RULE.nearest) -> Memory:
-    found = Memory(channels=CHANNELS, views=VIEWS, nearest=nearest)
+def fitted(images: int = IMAGES, size: int = 1000, search: tuple[int, ...] = RULE.search) -> Memory:
+    found = Memory(channels=CHANNELS, views=VIEWS, search=search)
     features = levels(images, 0)
     torch.manual_seed(2)
     remembering = Remembering(found, images=images, size=size)
@@ -55,8 +55,55 @@ def test_nearest_equals_a_plain_search(rows: int) -> None:
         np.testing.assert_allclose(found[b], cdist(places[b], vectors[b].half().float()).min(1), atol=1e-3)
 
 
+def rounds_of(seed: int, images: int = 2) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """64 places of which the last ones are ever farther away, and three rounds of vectors."""
+    torch.manual_seed(seed)
+    places = torch.randn(images, 64, 5) * torch.linspace(1, 6, 64)[:, None]
+    return places, [torch.randn(images, 30, 5) for _ in range(3)]
+
+
+def test_in_rounds_far_places_have_the_distance_to_the_nearest_of_all() -> None:
+    """Others have no less, and no more than after the first round."""
+    for seed in range(20):
+        places, vectors = rounds_of(seed)
+        found, every, first = (
+            nearest_in_rounds(places, vectors), nearest(places, torch.cat(vectors, 1)), nearest(places, vectors[0])
+        )  # fmt: skip
+        assert bool((found >= every - 1e-5).all()) and bool((found <= first + 1e-5).all())
+        assert torch.equal(found.amax(1), every.amax(1))
+        highest = every.topk(4).indices
+        torch.testing.assert_close(found.gather(1, highest), every.gather(1, highest))
+        assert (found > every + 1e-3).float().mean() > 0.1, "all were compared with all"
+    torch.testing.assert_close(nearest_in_rounds(places, vectors[:1]), first)
+
+
+def test_each_round_has_half_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[int, int]] = []
+    monkeypatch.setattr(memory, "nearest", lambda p, v: compared.append((p.shape[1], v.shape[1])) or nearest(p, v))
+    kept = fitted(images=sum(RULE.search))
+    kept(levels(1, 3))
+    assert [(places, rows // VIEWS[0].places) for places, rows in compared[:4]] == [
+        (256, 8),
+        (129, 8),
+        (65, 16),
+        (33, 16),
+    ]
+    assert len(compared) == 4 * len(VIEWS)
+
+
+def test_a_small_change_of_the_places_is_a_small_change_of_the_distances() -> None:
+    """Also where it changes which places are among the farthest."""
+    places, vectors = rounds_of(0, images=4000)
+    moved = places + 1e-4 * torch.randn_like(places)
+    torch.testing.assert_close(
+        nearest_in_rounds(places, vectors), nearest_in_rounds(moved, vectors), atol=0.02, rtol=0
+    )  # fmt: skip
+    before, after = (nearest(p, vectors[0]).topk(32).indices.sort().values for p in (places, moved))
+    assert not torch.equal(before, after), "no place came or went"
+
+
 def test_a_map_is_the_distance_to_the_most_similar_images() -> None:
-    kept, asked = fitted(nearest=2), levels(3, 5)
+    kept, asked = fitted(search=(2,)), levels(3, 5)
     for v, (view, found) in enumerate(zip(VIEWS, kept(asked), strict=True)):
         a, b = view.levels
         grid = asked[a].shape[-1]
@@ -84,7 +131,7 @@ def test_own_vectors_are_left_out() -> None:
     kept, features = fitted(), levels(IMAGES, 0)
     found = kept(features, own=False)
     for i in range(IMAGES):
-        others = Memory(channels=CHANNELS, views=VIEWS, nearest=RULE.nearest)
+        others = Memory(channels=CHANNELS, views=VIEWS, search=RULE.search)
         rows = [n for n in range(IMAGES) if n != i]
         for name, value in kept.named_buffers():
             setattr(others, name, value[rows])
@@ -115,7 +162,7 @@ def test_what_is_remembered_is_standardized_as_if_it_had_been_before() -> None:
     ready = [(f - m[:, None, None]) / s[:, None, None] for f, m, s in zip(features, means, stds, strict=True)]
     kept = []
     for rows, statistics in ((features, (means, stds)), (ready, ([0 * m for m in means], [0 * s + 1 for s in stds]))):
-        found = Memory(channels=CHANNELS, views=VIEWS, nearest=3)
+        found = Memory(channels=CHANNELS, views=VIEWS, search=(3,))
         torch.manual_seed(4)
         remembering = Remembering(found, images=IMAGES, size=5)
         for part in parts(rows, 2):
@@ -138,8 +185,8 @@ def test_a_choice_takes_every_image_alike() -> None:
 
 
 def test_more_images_than_are_searched() -> None:
-    kept = fitted(images=RULE.nearest + 5)
-    assert len(kept.descriptors) == RULE.nearest + 5
+    kept = fitted(images=sum(RULE.search) + 5)
+    assert len(kept.descriptors) == sum(RULE.search) + 5
     assert all(torch.isfinite(found).all() for found in kept(levels(2, 1)))
 
 
@@ -254,8 +301,12 @@ def test_published_scores_do_not_search_the_memory(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_rule_survives_a_checkpoint() -> None:
-    rule = ScoreRule(views=VIEWS[:2], nearest=5, flow_weight=0.5, level_share=0.2, level_weight=0.7, level_limit=1.0)
+    rule = ScoreRule(
+        views=VIEWS[:2], search=(5, 6), flow_weight=0.5, level_share=0.2, level_weight=0.7, level_limit=1.0
+    )
     assert ScoreRule.of(rule.plain()) == rule
+    older = {name: value for name, value in rule.plain().items() if name != "search"} | {"nearest": 48}
+    assert ScoreRule.of(older).search == (48,)
     scorer = Scorer(channels=CHANNELS, memory=True, rule=rule)
     assert scorer.weights == pytest.approx([w / 5.5 for w in (0.5, 0.5, 0.5, 2.0, 2.0)])
     maps = ScoreMaps([torch.zeros(1, 1, 4, 4)] * 3, 4, opinions=lambda: [torch.full((1, 4, 4), 3.0)], rule=rule)

@@ -45,7 +45,7 @@ def test_the_setting_reaches_the_memory() -> None:
 
 
 def test_distances_are_the_same_wherever_vectors_lie() -> None:
-    here, there, asked = fitted(nearest=3), fitted(nearest=3), levels(2, 5)
+    here, there, asked = fitted(search=(3,)), fitted(search=(3,)), levels(2, 5)
     there.place = "host"
     for a, b in zip(here(asked), there(asked), strict=True):
         assert torch.equal(a, b)
@@ -54,7 +54,7 @@ def test_distances_are_the_same_wherever_vectors_lie() -> None:
 def test_what_will_stay_is_gathered_there() -> None:
     features = [f.to(META) for f in levels(IMAGES, 0)]
     for place, expected in (("host", "cpu"), ("device", "meta"), ("auto", "meta")):
-        kept = Memory(channels=CHANNELS, views=VIEWS, nearest=3)
+        kept = Memory(channels=CHANNELS, views=VIEWS, search=(3,))
         kept.place = place
         remembering = Remembering(kept, images=IMAGES, size=5)
         remembering.coverage = remembering._coverage(features)
@@ -64,7 +64,7 @@ def test_what_will_stay_is_gathered_there() -> None:
 @pytest.mark.parametrize("known", [1, 1024, 1025, 3000])
 def test_descriptors_are_compared_part_by_part(known: int) -> None:
     torch.manual_seed(known)
-    kept = Memory(channels=CHANNELS, views=VIEWS, nearest=7)
+    kept = Memory(channels=CHANNELS, views=VIEWS, search=(7,))
     kept.descriptors = torch.randn(known, CHANNELS[-1]).half()
     asked = torch.randn(3, CHANNELS[-1])
     gaps = squared(asked, kept.descriptors.float())

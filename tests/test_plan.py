@@ -120,7 +120,7 @@ def test_bfloat16_is_counted_as_such_and_nothing_stays_behind(counted: Counted) 
 
 
 def test_a_memory_takes_what_its_images_take() -> None:
-    memory = Memory(channels=(2, 3, 4, 5), views=[View(levels=(0, 1), places=9, weight=1.0)], nearest=3)
+    memory = Memory(channels=(2, 3, 4, 5), views=[View(levels=(0, 1), places=9, weight=1.0)], search=(3,))
     kept = [torch.empty(1, c, side, side) for c, side in zip((2, 3, 4, 5), (4, 2, 1, 1), strict=True)]
     assert filled(memory, kept, 7) == 7 * 2 * (5 + 9 * (2 + 3))
     assert filled(memory, [h[:, :, :2, :2] for h in kept], 7) == 7 * 2 * (5 + 4 * (2 + 3)), (

@@ -124,8 +124,8 @@ group = having(
 )  # fmt: skip
 view = having(levels=several(lambda v: whole(v, 0, 3), 2, 2), places=lambda v: whole(v, 1), weight=number)
 rule = holding(
-    views=several(view, 1), nearest=lambda v: whole(v, 1), flow_weight=number, level_share=share, level_weight=number,
-    level_limit=number, context_weights=several(number),
+    views=several(view, 1), nearest=lambda v: whole(v, 1), search=several(lambda v: whole(v, 1), 1), flow_weight=number,
+    level_share=share, level_weight=number, level_limit=number, context_weights=several(number),
 )  # fmt: skip
 tally = exactly(batches=whole, counted=whole, images=whole, sums=several(number, 4, 4), seconds=number)
 place = exactly(sub=whole, tally=tally, closing=flag, dropped=several(several(text)), streak=whole)
