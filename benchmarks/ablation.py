@@ -32,10 +32,11 @@ from models.vqflow import VQFlowOutput
 from stage import Stage, image_readings, load_detector, normalization_of, settled_config
 from test import by_class
 from train import run_training
-from utils.metrics import METRICS, ClassAccumulator, mean_results
+from utils.metrics import METRICS, ClassAccumulator, ClassResult, mean_results
 from utils.report.tables import TITLES
 from utils.run.checkpoint import read_checkpoint
 from utils.run.folders import resumed_run
+from utils.run.keeper import LAST
 
 FLOWS = (0, 1, 2)
 CONTEXT = (3, 4, 5, 6)
@@ -100,6 +101,11 @@ TRAINED = {
 }  # fmt: skip
 
 
+def run_name(title: str) -> str:
+    """Of a row that is trained with other flags."""
+    return "".join(c if c.isalnum() else "-" for c in title)
+
+
 def trained(flags: list[str], name: str, seed: int, args: argparse.Namespace) -> Path:
     """The run folder of a variant, trained unless a whole run of the same settings is there.
 
@@ -131,10 +137,15 @@ def figures_of(folder: Path) -> dict[str, float]:
     return found["mean"]
 
 
-@torch.no_grad()
 def readings_of(folder: Path, chosen: dict[str, Reading], work_dir: str) -> dict[str, dict[str, float]]:
-    """All readings of a trained model in one pass over the test images."""
-    path = folder / "last.pt"
+    """Means over the classes of all readings of a trained model."""
+    found = readings_by_class(folder / LAST, chosen, work_dir)
+    return {title: asdict(mean_results(classes)) for title, classes in found.items()}
+
+
+@torch.no_grad()
+def readings_by_class(path: Path, chosen: dict[str, Reading], work_dir: str) -> dict[str, dict[str, ClassResult]]:
+    """All readings of a checkpoint in one pass over the test images, by title and class."""
     content = read_checkpoint(path)
     config: Config = settled_config(content, Config(), {"work_dir": work_dir, "cache": "disk"}, str(path))
     stage = Stage(config, normalization_of(content))
@@ -153,8 +164,7 @@ def readings_of(folder: Path, chosen: dict[str, Reading], work_dir: str) -> dict
                     labels=batch.label[own], scores=scores[own], masks=batch.mask[own], maps=pixel[own],
                     pro_maps=pro[own],
                 )  # fmt: skip
-    computed = {title: dict(zip(names, (a.compute() for a in rows), strict=True)) for title, rows in found.items()}
-    return {title: asdict(mean_results(classes)) for title, classes in computed.items()}
+    return {title: dict(zip(names, (a.compute() for a in rows), strict=True)) for title, rows in found.items()}
 
 
 def row(title: str, found: list[dict[str, float]], seconds: list[float]) -> str:
@@ -179,8 +189,7 @@ def print_table(args: argparse.Namespace) -> None:
             print(row(title, [f[title] for f in found], [seconds_of(f) for f in folders]), flush=True)
     for title, flags in TRAINED.items():
         if title in wanted:
-            name = "".join(c if c.isalnum() else "-" for c in title)
-            folders = [trained(flags, name, seed, args) for seed in args.seeds]
+            folders = [trained(flags, run_name(title), seed, args) for seed in args.seeds]
             print(row(title, [figures_of(f) for f in folders], [seconds_of(f) for f in folders]), flush=True)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ablation, gpu
+from benchmarks import ablation, classes, gpu
 from benchmarks.forms import Bench, Form, ends, for_inference, ladder
 from benchmarks.throughput import check_agreement
 from fake_data import TINY, make_mvtec
@@ -69,6 +69,40 @@ def test_ablation_trains_reads_and_uses_runs_again(
         table("--lr", "0.01")
     assert left.value.code == 2
     assert "was made with lr" in capsys.readouterr().err
+
+
+def test_models_of_groups_of_classes_have_rows_with_and_without_codebooks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two classes each has its model; their rows are means over the classes."""
+    make_mvtec(tmp_path / "data")
+    words = [
+        "--data-path",
+        str(tmp_path / "data"),
+        "--work-dir",
+        str(tmp_path / "work"),
+        "--seeds",
+        "1",
+        "--sizes",
+        "1",
+    ]
+    flags = ["--flags", *TINY, "--pictures", "0"]
+    monkeypatch.setattr(sys, "argv", ["classes.py", *words, *flags])
+    classes.main()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    endings = [f"{reading}{end}" for end in ("", ", no codebooks") for reading in classes.READ]
+    assert [row[0] for row in rows] == [f"1 a model, {end}" for end in endings]
+    folders = {path.parent.name for path in (tmp_path / "work").glob("*/last.pt")}
+    assert len(folders) == 4
+    single = [json.loads(p.read_text())["mean"] for p in (tmp_path / "work").glob("cpu-1-*/results.json")]
+    assert len(single) == 2
+    for column, metric in enumerate(classes.METRICS, 1):
+        assert float(rows[0][column]) == pytest.approx(50 * sum(own[metric] for own in single), abs=0.051), metric
+
+
+def test_groups_are_neighbours_and_hold_every_class_once() -> None:
+    assert classes.groups_of(["b", "a", "d", "c", "e"], 2) == [["a", "b"], ["c", "d"], ["e"]]
+    assert classes.groups_of(["b", "a"], 5) == [["a", "b"]]
 
 
 def test_what_a_gpu_is_to_show_is_tried_out_on_a_cpu(
