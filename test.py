@@ -30,6 +30,7 @@ from utils.report.images import Album, EvalResult, ImageResult, joined_albums
 from utils.report.page import ClassPage, curves_of, report_run
 from utils.report.results import Results, write_results
 from utils.report.verdicts import write_scores
+from utils.run.behind import behind
 from utils.run.checkpoint import read_checkpoint
 from utils.run.distributed import from_first, gathered, interleaved, is_first, processes, rank
 from utils.run.folders import new_run, write_config
@@ -61,9 +62,8 @@ def evaluate(
     found = Found({name: ClassAccumulator(fpr_limit=config.fpr_limit) for name in class_names}, [], Album(wanted))
     tiled = test is not None and test.geometry.tile is not None
     size = 1 if tiled else size
-    for number, said in enumerate(
-        stitched(detector, batches, config, test) if test and tiled else judged(detector, batches, config)
-    ):
+
+    def add(number: int, said: Judged) -> None:
         first = sum(map(len, found.images)) if processes() == 1 else (number * processes() + rank()) * size
         for part in measured(said, test, first, config):
             found.measure(part, class_names, config)
@@ -77,6 +77,11 @@ def evaluate(
         for place, (image, heat) in enumerate(zip(found.images[-1], shown, strict=True), start=first):
             kept = highest(heat, detector.size) if tiled else heat
             found.album.add(place, image.group, image.score, kept.cpu().numpy())
+
+    rows = stitched(detector, batches, config, test) if test and tiled else judged(detector, batches, config)
+    with behind(detector.scorer.mean.device) as later:
+        for number, said in enumerate(rows):
+            later(partial(add, number, said))
     detector.train(was_training)
     whole = of_all(extra)
     return replace(found.result(detector, config), extra={name: own.results() for name, own in whole.items()})
