@@ -55,9 +55,11 @@ def train(name: str, folder: Path, options: argparse.Namespace) -> Iterator[Took
     yield "all", {"seconds": seconds, "epochs": epochs, "torch": torch.__version__}
 
 
-def pictures(folder: Path) -> NDArray[np.uint8]:
-    """All PNG files of a folder, (N, S, S, 3)."""
-    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+def pictures(folder: Path, side: int) -> tuple[NDArray[np.uint8], int]:
+    """All PNG files of a folder at the size that a model takes, (N, side, side, 3), and their own side."""
+    found = [Image.open(path) for path in sorted(folder.glob("*.png"))]
+    seen = (image.resize((side, side), Image.Resampling.LANCZOS) for image in found)  # as it is, if it has that size
+    return np.stack([np.asarray(image) for image in seen]), found[0].width
 
 
 def judge(name: str, folder: Path, options: argparse.Namespace) -> Iterator[Took]:
@@ -70,7 +72,8 @@ def judge(name: str, folder: Path, options: argparse.Namespace) -> Iterator[Took
     classes = sorted(path.name for path in (folder / "test").iterdir() if path.is_dir())
     for own in (own for own in classes if not options.classes or own in options.classes):
         if not record(folder / name, own, "test").is_file():
-            maps, scores, seconds = judged(stage, detector, config, pictures(folder / "test" / own))
+            pixels, detector.size = pictures(folder / "test" / own, config.data.input_size)
+            maps, scores, seconds = judged(stage, detector, config, pixels)
             np.savez(folder / name / "maps" / f"{own}.npz", maps=maps, scores=scores)
             yield own, {"seconds": seconds}
 
