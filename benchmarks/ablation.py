@@ -193,14 +193,20 @@ def print_table(args: argparse.Namespace) -> None:
             print(row(title, [figures_of(f) for f in folders], [seconds_of(f) for f in folders]), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def arguments(doc: str | None, preset: str) -> argparse.ArgumentParser:
+    """What this and `benchmarks/classes.py` are told, by docstring and default preset."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--data-path", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--preset", default="accurate")
-    parser.add_argument("--work-dir", default="work_dirs/ablation-accurate")
-    parser.add_argument("--only", nargs="+", choices=[*READINGS, *TRAINED], metavar="ROW", help="default: all rows")
+    parser.add_argument("--preset", default=preset)
+    parser.add_argument("--work-dir", default=f"work_dirs/ablation-{preset}")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of main.py, come last")
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__, "accurate")
+    parser.add_argument("--only", nargs="+", choices=[*READINGS, *TRAINED], metavar="ROW", help="default: all rows")
     args = parser.parse_args()
     try:
         print_table(args)

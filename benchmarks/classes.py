@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.ablation import READINGS, TRAINED, readings_by_class, row, run_name, seconds_of, trained
+from benchmarks.ablation import READINGS, TRAINED, arguments, readings_by_class, row, run_name, seconds_of, trained
 from datasets import resolve_classes
 from default import UsageError, make_config
 from utils.metrics import METRICS, ClassResult, mean_results
@@ -75,13 +75,8 @@ def print_table(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data-path", required=True)
+    parser = arguments(__doc__, "cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 3, 9], help="classes that share a model")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--preset", default="cpu")
-    parser.add_argument("--work-dir", default="work_dirs/ablation-accurate")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of main.py, come last")
     args = parser.parse_args()
     try:
         print_table(args)
