@@ -72,7 +72,8 @@ class Stage:
         self.config, self.device = config, resolve_device(config.run.device, deterministic=config.run.deterministic)
         if config.run.offline:
             go_offline()
-        if config.train.amp_enable and not has_bfloat16(self.device):
+        amp = config.train.amp_enable and has_bfloat16(self.device)
+        if config.train.amp_enable and not amp:
             print(f"--amp-enable: this {self.device.type} has no units for bfloat16; computing in float32")
         if config.train.compile:
             check_compiler(self.device)
@@ -85,7 +86,7 @@ class Stage:
             pretrained=model.pretrained,
             normalization=normalization,
         ).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.extractor.quicken(config.data.input_size)
+        self.extractor.quicken(config.data.input_size, low=torch.bfloat16 if amp else None)
         self.fingerprint = self.extractor.fingerprint()
         self.workers = resolve_workers(config.data.workers, self.device.type)
         self._loaders: list[ImageLoader] = []

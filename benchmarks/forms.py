@@ -56,7 +56,7 @@ def ladder(device: torch.device) -> list[Form]:
         Form(name="quick extractor", cached=True, channels_last=True, quick=True),
         Form(name="fused optimiser", cached=True, channels_last=True, quick=True, fused=True),
     ]
-    if device.type == "cuda" and has_bfloat16(device):  # a CPU's way is compared in the released one's precision
+    if has_bfloat16(device):
         forms.append(replace(forms[-1], name="bf16 autocast", bf16=True))
     best = forms[-1]
     return [
@@ -67,9 +67,9 @@ def ladder(device: torch.device) -> list[Form]:
 
 
 def ends(forms: list[Form]) -> list[Form]:
-    """The released way, our best form, and that with less memory."""
-    ours = [form for form in forms if form.fused and not form.compiled]
-    return [forms[0], replace(ours[-2], name="ours"), ours[-1]]
+    """The released way, our best forms in single precision and in bfloat16, and the last of them with less memory."""
+    plain, *low, less = (form for form in forms if form.fused and not form.compiled)
+    return [forms[0], replace(plain, name="ours"), *[replace(f, name="ours in bfloat16") for f in low], less]
 
 
 def for_inference(forms: list[Form]) -> list[Form]:
@@ -150,17 +150,21 @@ class Bench:
 
     def extract(self) -> list[Tensor]:
         """Pooled features of the images, gradients as they are on."""
-        quick = self.quick_net if self.form.quick else self.extractor.net
-        maps = quick(self.images)
+        plain = self.extractor.net
+        maps = (self.quick_net[self.form.bf16] if self.form.quick else plain)(self.images)
         if self.extractor._channels_last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]
         return pool_features(maps, self.extractor.strides, self.config.model.pool_type)
 
     @cached_property
-    def quick_net(self) -> nn.Module:
-        """The extractor's network in its quicker form."""
-        made = copy.deepcopy(self.extractor).quicken(self.side)
-        return made.requires_grad_(False).to(memory_format=torch.channels_last).net  # type: ignore[call-overload]
+    def quick_net(self) -> dict[bool, nn.Module]:
+        """The extractor's network in its quicker form, in single precision and in bfloat16."""
+        made = {}
+        for bf16 in (False, True):
+            quick = copy.deepcopy(self.extractor).quicken(self.side, low=torch.bfloat16 if bf16 else None)
+            quick.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            made[bf16] = quick.net
+        return made
 
     def _features(self) -> list[Tensor]:
         if self.form.cached:

@@ -97,7 +97,8 @@ class ConditionedConv2d(nn.Conv2d):
             weight, table, products = Products.apply(self.weight, condition, own, *vectors)
         else:
             weight, taps = self.weight[:, :own], by_tap(self.weight)
-            products = vector_products(condition, own, taps)
+            with full_precision(self.weight.device):  # a few rows each: rounding the weights takes longer
+                products = vector_products(condition, own, taps)
             position = () if condition.position is None else (condition.position,)
             make = partial(table_of, condition, self.weight, own, taps)
             table = self._kept_or_made((self.weight, condition.codes.codes, *position), make)

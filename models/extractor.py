@@ -23,7 +23,7 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 
 from default import UsageError
-from models.quick import quickened
+from models.quick import hold_low, quickened
 from utils.run.checkpoint import load_tensors, reason
 
 LEVELS = 4
@@ -132,11 +132,18 @@ class FrozenExtractor(nn.Module):
         maps = self.net((image - self.mean) / self.std)
         return [m.permute(0, 3, 1, 2) for m in maps] if self._channels_last else list(maps)
 
-    def quicken(self, size: int) -> FrozenExtractor:
-        """Compute the same from now on, up to rounding, in less time (`models/quick.py`); itself. `size`: of images."""
+    def quicken(self, size: int, *, low: torch.dtype | None = None) -> FrozenExtractor:
+        """Compute the same from now on, up to rounding, in less time (`models/quick.py`); itself.
+
+        Args:
+            size: of images.
+            low: what autocast computes products in; the network is of no use without it from then on.
+        """
         self._known = self._fingerprints()
         noise = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.mean.device)
         self.net = quickened(self.net, (noise - self.mean) / self.std)
+        if low is not None:
+            hold_low(self.net, low)
         return self
 
     def fingerprint(self, *, normalized: bool = True) -> str:

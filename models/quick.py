@@ -26,9 +26,10 @@ class ResponseNorm(GlobalResponseNorm):
         """(B, H, W, C), or (B, C, H, W) as `channel_dim` says, of the same shape."""
         if x.device.type != "cpu":
             return super().forward(x)
-        size = x.square().sum(self.spatial_dim, keepdim=True).sqrt()
+        size = x.square().sum(self.spatial_dim, keepdim=True).to(self.weight.dtype).sqrt()
         share = size / (size.mean(self.channel_dim, keepdim=True) + self.eps)
-        return torch.addcmul(self.bias.view(self.wb_shape), x, 1 + self.weight.view(self.wb_shape) * share)
+        scale, bias = 1 + self.weight.view(self.wb_shape) * share, self.bias.view(self.wb_shape)
+        return torch.addcmul(bias.to(x.dtype), x, scale.to(x.dtype))
 
 
 @torch.no_grad()
@@ -63,6 +64,13 @@ def fold(net: nn.Module) -> int:
             setattr(module, second, nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity())
             count += 1
     return count
+
+
+def hold_low(net: nn.Module, dtype: torch.dtype) -> None:
+    """Keep weights in the lower precision in which autocast computes with them, instead of rounding them every time."""
+    for layer in net.modules():
+        if type(layer) in (*CONVOLUTIONS, nn.Linear):  # others may make their weights of what they hold
+            layer.to(dtype)
 
 
 def agree(found: list[Tensor], expected: list[Tensor]) -> bool:

@@ -271,6 +271,14 @@ def test_autocast_convolves_in_bfloat16(codes: int, direct: bool) -> None:
     assert all(types <= {torch.float32, torch.int64} for types in bags)
 
 
+def test_evaluation_rounds_no_weights_for_a_few_vectors() -> None:
+    (x, condition), conv = example(dtype=torch.float32), convolution(torch.float32).eval()
+    with torch.no_grad(), Calls() as calls, torch.autocast("cpu", dtype=torch.bfloat16):
+        conv(x, condition)
+    products = [types for name, types in calls.found if name == "bmm"]
+    assert products and all(types == {torch.float32} for types in products)
+
+
 def test_a_kept_table_does_not_remember_autocast() -> None:
     (x, condition), conv = example(dtype=torch.float32), convolution(torch.float32).eval()
     with torch.no_grad():

@@ -42,6 +42,27 @@ def test_features_and_fingerprint_stay(name: str) -> None:
         assert quick.fingerprint(normalized=normalized) == plain.fingerprint(normalized=normalized)
 
 
+@pytest.mark.parametrize("name", ["convnextv2_atto", PACKAGED, "test_vit"])
+def test_weights_kept_in_bfloat16_are_those_that_autocast_would_make(name: str) -> None:
+    plain, image = extractor(name), torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    quick, low = (copy.deepcopy(plain).quicken(SIZE, low=kind) for kind in (None, torch.bfloat16))
+    assert low.fingerprint() == plain.fingerprint()
+    assert any(p.dtype == torch.bfloat16 for p in low.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        for found, expected in zip(low(image), quick(image), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_response_norm_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    norm, x = ResponseNorm(64), torch.randn(2, 24, 24, 64)
+    for values in (norm.weight, norm.bias):
+        nn.init.normal_(values)
+    found = norm(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found - norm(x)).abs().max() < 0.02 * norm(x).abs().max()
+
+
 def test_what_is_slow_has_gone() -> None:
     response = [
         layer for layer in extractor("convnextv2_atto").quicken(SIZE).modules() if isinstance(layer, ResponseNorm)
