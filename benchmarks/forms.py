@@ -176,16 +176,19 @@ class Bench:
         self.clock.mark("extractor")
         return features
 
-    def train_step(self) -> float:
-        """One step; the loss."""
+    def loss(self) -> Tensor:
+        """Of one batch, in training."""
         self.model.train()
         self.released.hierarchy.train()
         with autocast(self.device, self.form.bf16):
             features = self._features()
             if self.form.released:
-                loss = self.released(features)[0]
-            else:
-                loss = loss_terms(self.model.forward(features), 1.0).total
+                return self.released(features)[0]
+            return loss_terms(self.model.forward(features), 1.0).total
+
+    def train_step(self) -> float:
+        """One step; the loss."""
+        loss = self.loss()
         self.clock.mark("fusion")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

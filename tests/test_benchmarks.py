@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import ablation, classes, gpu
+from benchmarks.counted import Held, peak_gib
 from benchmarks.forms import Bench, Form, ends, for_inference, ladder
 from benchmarks.throughput import check_agreement
 from fake_data import TINY, make_mvtec
@@ -39,6 +40,23 @@ def test_parts_belong_to_the_timed_work_alone() -> None:
     assert parts == before
     assert parts["extractor"] == 0 < parts["flows"]
     assert bench.timed(bench.train_step)["extractor"] > 0
+
+
+def test_bytes_are_counted_once_and_until_they_go() -> None:
+    x = torch.zeros(100)
+    with Held([x, x.view(10, 10)]) as held:
+        y = x + 1
+        z = y[:50] * 2
+        del y
+        w = z.view(5, 10) + z.view(5, 10)
+    assert (held.now, held.peak) == (4 * (100 + 50 + 50), 4 * (100 + 100 + 50))
+    del z, w
+    assert held.now == 400
+
+
+def test_a_step_of_ours_holds_less_at_the_published_batch() -> None:
+    released, ours = (peak_gib("small", 16, form) for form in ends(ladder(CPU))[:2])
+    assert ours < 0.6 * released
 
 
 def test_ablation_trains_reads_and_uses_runs_again(
