@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.run.device import exact_products
+from utils.run.device import exact_products, product_dtype
 
 ROOM = 0.5  # of a device's free memory that vectors may take there
 AT_ONCE = {"cpu": 1 << 10}  # descriptors compared at a time, in single precision: on a CPU they stay in its cache
@@ -95,11 +95,14 @@ class Memory(nn.Module):
         """Euclidean distance to the nearest vector that is found (see `search`) in the images most like each image.
 
         One map (B, H, W) per view, on the grid of its finer level. Without `own` an image's own vectors are left out,
-        if it is one of those remembered: a stored image is at no distance from itself, a new one always is.
+        if it is one of those remembered: a stored image is at no distance from itself, a new one always is. With
+        autocast places are compared in its precision (see `nearest`).
         """
-        with exact_products(features[-1].device):
-            near = self._most_alike(features[-1].float().mean((2, 3)), own)
-            found = [self._distances(features, v, near) for v in range(len(self.views))]
+        top = features[-1].float()
+        dtype = product_dtype(top)
+        with exact_products(top.device):
+            near = self._most_alike(top.mean((2, 3)), own)
+            found = [self._distances(features, v, near, dtype) for v in range(len(self.views))]
         return found
 
     def _most_alike(self, descriptor: Tensor, own: bool) -> Tensor:
@@ -113,10 +116,10 @@ class Memory(nn.Module):
         gap, near = gaps.topk(min(sum(self.search), len(self.descriptors)), largest=False)
         return near if own else torch.where(gap.isinf(), near[:, :1], near)  # another one in its place
 
-    def _distances(self, features: Sequence[Tensor], v: int, near: Tensor) -> Tensor:
-        """A view's map (B, H, W) of distances to the vectors of the images `near` (B, M)."""
+    def _distances(self, features: Sequence[Tensor], v: int, near: Tensor, dtype: torch.dtype) -> Tensor:
+        """A view's map (B, H, W) of distances to the vectors of the images `near` (B, M), compared in `dtype`."""
         view, vectors = self.views[v], getattr(self, f"vectors_{v}")
-        places = self.embed(features, view)
+        places = self.embed(features, view).to(dtype)
         if torch.compiler.is_exporting():  # a traced batch has no length yet
             distance = nearest_in_rounds(places, self._rounds(vectors, near))
         else:
@@ -246,11 +249,33 @@ def nearest_in_rounds(places: Tensor, rounds: Iterable[Tensor]) -> Tensor:
 
 
 def nearest(places: Tensor, vectors: Tensor) -> Tensor:
-    """Euclidean distance of `places` (B, L, C) to the nearest of `vectors` (B, R, C), (B, L)."""
-    norm = places.square().sum(2)
+    """Euclidean distance of `places` (B, L, C) to the nearest of `vectors` (B, R, C), (B, L), in single precision.
+
+    Products of bfloat16 places are computed in bfloat16, of both as they are rounded to it (see `joined_norms`).
+    """
+    low = places.dtype == torch.bfloat16
+    norm = 0 if low else places.square().sum(2)
+    mine = joined_norms(places) if low else places
     best: Tensor | None = None
-    for part in vectors.float().split(ROWS if places.device.type == "cpu" else vectors.shape[1], 1):
-        gap = torch.baddbmm(part.square().sum(2)[:, None], places, part.transpose(1, 2), alpha=-2).amin(2)
+    for part in vectors.split(ROWS if places.device.type == "cpu" else vectors.shape[1], 1):
+        if low:
+            gap = torch.bmm(mine, joined_norms(part.to(places.dtype), of_vectors=True).transpose(1, 2))
+            gap = gap.view(torch.int16).amin(2).view(gap.dtype)  # same order where not below 0, and far quicker
+        else:
+            own = part.float()
+            gap = torch.baddbmm(own.square().sum(2)[:, None], mine, own.transpose(1, 2), alpha=-2).amin(2)
         best = gap if best is None else torch.minimum(best, gap)
     assert best is not None
-    return (best + norm).clamp(min=0).sqrt()
+    return (best.float() + norm).clamp(min=0).sqrt()
+
+
+def joined_norms(x: Tensor, *, of_vectors: bool = False) -> Tensor:
+    """bfloat16 (B, N, C) -> (B, N, C + 4), so that the product of a place's row with a vector's is their squared
+    distance: added up in single precision and rounded once, to 0.4 %, and not a difference of rounded numbers.
+
+    A norm is the sum of two numbers that are rounded to bfloat16.
+    """
+    norm = x.float().square().sum(2, keepdim=True)
+    high = norm.to(x.dtype)
+    norms, ones = [high, (norm - high.float()).to(x.dtype)], [torch.ones_like(high)] * 2
+    return torch.cat([-2 * x, *ones, *norms] if of_vectors else [x, *norms, *ones], 2)

@@ -55,6 +55,34 @@ def test_nearest_equals_a_plain_search(rows: int) -> None:
         np.testing.assert_allclose(found[b], cdist(places[b], vectors[b].half().float()).min(1), atol=1e-3)
 
 
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+def test_nearest_in_bfloat16_is_the_distance_of_rounded_places(mean: float) -> None:
+    """Nothing is lost to large norms: of far-off features, and of those that are stored themselves."""
+    torch.manual_seed(0)
+    places, vectors = (mean + torch.randn(2, n, 40) for n in (30, 2 * memory.ROWS + 3))
+    vectors[:, 5] = places[:, 7]
+    low = places.bfloat16()
+    found = nearest(low, vectors.half())
+    assert found.dtype == torch.float32
+    for b in range(2):
+        expected = cdist(low[b].double(), vectors[b].half().bfloat16().double()).min(1)
+        np.testing.assert_allclose(found[b], expected, rtol=2e-3, atol=0.05)
+        assert found[b, 7] < 0.2 < 0.1 * expected.mean()
+
+
+def test_with_autocast_places_are_compared_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: set[torch.dtype] = set()
+    known, features = fitted(), levels(3, 1)
+    exact = known(features)
+    monkeypatch.setattr(memory, "nearest", lambda p, v: kinds.add(p.dtype) or nearest(p, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = known(features)
+    assert kinds == {torch.bfloat16}
+    for a, b in zip(rounded, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+        assert not torch.equal(a, b)
+
+
 def rounds_of(seed: int, images: int = 2) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """64 places of which the last ones are ever farther away, and three rounds of vectors."""
     torch.manual_seed(seed)
