@@ -1,5 +1,6 @@
 """What costs on a GPU, counted without one: waiting for it, memory that backward needs, code compiled again."""
 
+import csv
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from datasets.features import FeatureBatch, prefetched
-from fake_data import METHOD, TINY
-from main import parse
+from fake_data import METHOD, TINY, make_mvtec
+from main import main, parse
 from models.flow import ChannelNorm, normalize
 from models.footprint import training_bytes
 from models.fusion import averaged
@@ -245,3 +246,22 @@ def test_features_are_pooled_in_single_precision(tmp_path: Path) -> None:
     for found, expected in zip(stage.extract(image), exact, strict=True):
         assert torch.equal(found, expected.half().float())
     assert not torch.equal(rounded[0].float(), exact[0])
+
+
+@pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this machine computes no bfloat16")
+def test_a_model_trained_in_bfloat16_judges_alike_in_both_precisions(tmp_path: Path) -> None:
+    """With all opinions: flow, context and memory."""
+    make_mvtec(tmp_path / "data")
+    opinions = "--memory 6 --context 1 --semantics pooled --holdout 0.3 --image-score surprise --amp-enable"
+    place = ["--dataset", "mvtec", "--data-path", str(tmp_path / "data"), "--class-names", "bottle", "grid"]
+    assert main([*TINY, *METHOD, *place, *opinions.split(), "--work-dir", str(tmp_path / "run")]) == 0
+    (folder,) = (p for p in (tmp_path / "run").iterdir() if p.name != "cache")
+    judged = []
+    for flag in ("--amp-enable", "--no-amp-enable"):
+        work = tmp_path / flag
+        assert main(["--mode", "test", "--eval_ckpt", str(folder), "--work-dir", str(work), flag]) == 0
+        (table,) = work.rglob("scores.csv")
+        with table.open(encoding="utf-8", newline="") as file:
+            judged.append(torch.tensor([float(row["score"]) for row in csv.DictReader(file)]))
+    assert not torch.equal(*judged)
+    assert (judged[0] - judged[1]).abs().max() < 0.05 * judged[1].abs().max()
