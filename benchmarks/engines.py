@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from default import PRECISIONS, make_config
-from export import Exported, file_of
+from engine import Features, Torch
+from export import file_of
 from stage import Stage, find_checkpoints, load_detector, normalization_of, settled_config
 from utils.run.checkpoint import read_checkpoint
 from utils.run.precision import Images
@@ -48,11 +49,10 @@ def pytorch(path: Path) -> tuple[Engine, int]:
     content = read_checkpoint(path)
     own = settled_config(content, make_config(device="cpu"), {"device": "cpu"}, str(path))
     stage = Stage(own, normalization_of(content))
-    whole = Exported(stage.extractor, load_detector(content, stage, str(path)), own.eval).eval()
+    program = Torch(Features(stage), load_detector(content, stage, str(path)))
 
     def judge(images: Images) -> NDArray[np.float32]:
-        with torch.no_grad():
-            return whole(torch.from_numpy(images))[1].numpy()
+        return np.array([one.score for one in program(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)])
 
     return Engine(name="PyTorch", judge=judge), own.data.view_size
 

@@ -50,13 +50,14 @@ class Detector(nn.Module):
         """
         with autocast(kept[0].device, self.amp):
             output = self.flow(kept)
-            opinions = partial(self._opinions, output, kept, own)
+        opinions = partial(self._opinions, output, kept, own)
         maps = ScoreMaps(output.latents, self.size, output.local_log_det, opinions, self.scorer.rule)
         return Judgement(output=output, maps=maps)
 
     @torch.no_grad()
     def _opinions(self, output: VQFlowOutput, kept: Sequence[Tensor], own: bool) -> list[Tensor]:
-        return self.scorer.opinions(output, self.flow.standardize(kept), own=own)
+        with autocast(kept[0].device, self.amp):
+            return self.scorer.opinions(output, self.flow.standardize(kept), own=own)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Sequence[Tensor]], *, own: bool = True) -> float:
@@ -69,7 +70,8 @@ class Detector(nn.Module):
         """
         units, nll = Units(len(self.scorer.weights)), []
         for kept, output in self._looked_at(batches):
-            units.add(self.scorer.raw_opinions(output, self.flow.standardize(kept), own=own))
+            with autocast(kept[0].device, self.amp):
+                units.add(self.scorer.raw_opinions(output, self.flow.standardize(kept), own=own))
             nll.append(output.nll_per_dim.tolist())
         units.images = int(summed(torch.tensor(units.images)))
         units.sums, units.squares, units.counts = map(summed, (units.sums, units.squares, units.counts))

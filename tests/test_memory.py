@@ -20,6 +20,7 @@ from models.official import load_strictly
 from models.scorer import ScoreMaps, Scorer, ScoreRule
 from tests.test_vqflow import CHANNELS, build
 from utils.metrics.concepts import agreement
+from utils.run.device import has_bfloat16
 
 IMAGES = 7
 RULE = ScoreRule()
@@ -71,13 +72,13 @@ def test_nearest_in_bfloat16_is_the_distance_of_rounded_places(mean: float) -> N
 
 
 def test_with_autocast_places_are_compared_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds: set[torch.dtype] = set()
+    kinds: list[torch.dtype] = []
     known, features = fitted(), levels(3, 1)
     exact = known(features)
-    monkeypatch.setattr(memory, "nearest", lambda p, v: kinds.add(p.dtype) or nearest(p, v))
+    monkeypatch.setattr(memory, "nearest", lambda p, v: kinds.append(p.dtype) or nearest(p, v))
     with torch.autocast("cpu", torch.bfloat16):
         rounded = known(features)
-    assert kinds == {torch.bfloat16}
+    assert set(kinds) == {torch.bfloat16}
     for a, b in zip(rounded, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
         assert not torch.equal(a, b)
@@ -299,6 +300,20 @@ def test_calibration_on_remembered_images_says_what_new_ones_have() -> None:
         found.calibrate([levels(IMAGES, 0)], own=own)
         shift.append(float(found.judge(new).maps.opinions()[5].mean()) / found.scorer.weights[5])
     assert abs(shift[0]) < 0.5 < shift[1]
+
+
+@pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this machine computes no bfloat16")
+def test_units_and_opinions_are_of_one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: list[torch.dtype] = []
+    monkeypatch.setattr(memory, "nearest", lambda p, v: kinds.append(p.dtype) or nearest(p, v))
+    for amp, expected in ((False, torch.float32), (True, torch.bfloat16)):
+        found, kept = trained(), levels(2, 1)
+        found.amp = amp
+        found.calibrate([kept])
+        first = len(kinds)
+        found.judge(kept).maps.surprise  # noqa: B018
+        assert 0 < first < len(kinds) and set(kinds) == {expected}
+        kinds.clear()
 
 
 def test_calibration_leaves_the_mode_and_the_flow_as_they_were() -> None:
