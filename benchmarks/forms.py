@@ -150,20 +150,17 @@ class Bench:
 
     def extract(self) -> list[Tensor]:
         """Pooled features of the images, gradients as they are on."""
-        plain = self.extractor.net
-        maps = (self.quick_net[self.form.bf16] if self.form.quick else plain)(self.images)
-        if self.extractor._channels_last:
-            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        plain = self.extractor._levels
+        maps = (self.quick_extractor[self.form.bf16] if self.form.quick else plain)(self.images)
         return pool_features(maps, self.extractor.strides, self.config.model.pool_type)
 
     @cached_property
-    def quick_net(self) -> dict[bool, nn.Module]:
-        """The extractor's network in its quicker form, in single precision and in bfloat16."""
+    def quick_extractor(self) -> dict[bool, FrozenExtractor]:
+        """The extractor in its quicker form, in single precision and in bfloat16."""
         made = {}
         for bf16 in (False, True):
-            quick = copy.deepcopy(self.extractor).quicken(self.side, low=torch.bfloat16 if bf16 else None)
-            quick.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            made[bf16] = quick.net
+            made[bf16] = copy.deepcopy(self.extractor).quicken(self.side, low=torch.bfloat16 if bf16 else None)
+            made[bf16].requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return made
 
     def _features(self) -> list[Tensor]:

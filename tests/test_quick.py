@@ -93,3 +93,19 @@ def test_a_wrong_guess_is_taken_back() -> None:
     assert fold(copy.deepcopy(net)) == 1
     assert quickened(net, torch.rand(1, 3, 8, 8)) is net
     assert norms(net) == 1
+
+
+@pytest.mark.parametrize("kind", [None, torch.bfloat16])
+def test_some_images_at_a_time_give_what_all_at_once_give(
+    monkeypatch: pytest.MonkeyPatch, kind: torch.dtype | None
+) -> None:
+    made, sizes = extractor("convnextv2_atto").quicken(SIZE, low=kind), []
+    levels = made._levels
+    monkeypatch.setattr(made, "_levels", lambda image: sizes.append(len(image)) or levels(image))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    image = torch.rand(45, 3, SIZE, SIZE)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind is not None):
+        found, expected = made(image), levels(image)
+    assert sizes == ([20, 20, 5] if kind is None else [40, 5])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=float(0.02 * b.abs().max()) if kind else 1e-4, rtol=1e-4)
