@@ -34,7 +34,7 @@ from default import UsageError, make_config
 from utils.metrics import METRICS, ClassResult, evaluate_maps, mean_results
 from utils.report.tables import TITLES, percent
 
-OURS = ("cpu", "accurate")
+OURS = ("cpu", "cpu-bfloat16", "accurate")
 PEERS = ("PatchCore", "PaDiM", "FastFlow", "CFlow")
 NOT_RUN = "EfficientAD is not run: it takes no other backbone, and its teacher's weights and ImageNette are downloads."
 MIB = 1 << 20

@@ -3,6 +3,8 @@
     python benchmarks/peers_ours.py train cpu FOLDER --seed 1
     python benchmarks/peers_ours.py test cpu FOLDER
 
+A row is a preset, or one with further flags (`VARIANTS`).
+
 The twin of `peers_anomalib.py`: the same steps, and the same files come out. A run without test images is trained on
 FOLDER/train, so that its seconds are of training alone: features, flow, memory, units and thresholds.
 """
@@ -35,6 +37,7 @@ from train import run_training
 from utils.run.checkpoint import read_checkpoint
 
 BATCH = 16
+VARIANTS = {"cpu-bfloat16": ["--preset", "cpu", "--amp-enable"]}
 Took = tuple[str, dict[str, Any]]  # a class (of a training: all), and what a step took for it
 
 
@@ -42,8 +45,9 @@ def train(name: str, folder: Path, options: argparse.Namespace) -> Iterator[Took
     """FOLDER/NAME/run, and the checkpoint without what only training needs as FOLDER/NAME/all.pt."""
     begin = time.process_time()
     words = [
-        "--preset", name, "--dataset", "folder", "--data-path", str(folder / "train"), "--seed", str(options.seed),
-        "--work-dir", str(folder / name / "run"), "--device", "cpu", "--no-report", "--pictures", "0", *options.flags,
+        *VARIANTS.get(name, ["--preset", name]), "--dataset", "folder", "--data-path", str(folder / "train"),
+        "--seed", str(options.seed), "--work-dir", str(folder / name / "run"), "--device", "cpu", "--no-report",
+        "--pictures", "0", *options.flags,
     ]  # fmt: skip
     config = parse(words)[0]
     run = run_training(config)
@@ -111,7 +115,7 @@ def most_memory() -> float:
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("step", choices=["train", "test"], help="train a model, or judge the test images")
-    parser.add_argument("name", choices=list(PRESETS))
+    parser.add_argument("name", choices=[*PRESETS, *VARIANTS])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--classes", nargs="+", default=[], help="to judge (default: all)")
     parser.add_argument("--seed", type=int, default=1)
