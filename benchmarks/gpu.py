@@ -33,6 +33,7 @@ from benchmarks.forms import Bench, ladder
 from benchmarks.throughput import compare, matrix_rate, peak_memory
 from datasets.features import FeatureBatch
 from models.loss import loss_terms
+from models.memory import nearest
 from steps import take_step
 from utils.run.device import exact_products, has_bfloat16, resolve_device
 
@@ -99,7 +100,19 @@ def correctness(session: Session) -> Rows:
         found.append({"loss": loss.detach().cpu(), "log-determinant": output.log_det.detach().cpu(), "gradient": grads})
         model.load_state_dict(state)
     here, there = found
-    return [{"what": k, "difference": float((there[k] - v).norm() / v.norm())} for k, v in here.items()]
+    rows = [{"what": k, "difference": float((there[k] - v).norm() / v.norm())} for k, v in here.items()]
+    return rows + searches(session.device)
+
+
+def searches(device: torch.device) -> Rows:
+    """The memory's distances, of the same places to the same vectors, beside the CPU's in single precision."""
+    places, vectors = torch.randn(2, 500, 64) + 3, (torch.randn(2, 2000, 64) + 3).half()
+    expected, rows = nearest(places, vectors), []
+    for name, dtype in {"the memory's distances": torch.float32, "the same in bfloat16": torch.bfloat16}.items():
+        with exact_products(device):
+            found = nearest(places.to(device, dtype), vectors.to(device)).cpu()
+        rows.append({"what": name, "difference": float((found - expected).norm() / expected.norm())})
+    return rows
 
 
 def training(session: Session) -> Rows:
