@@ -36,10 +36,8 @@ def read(path, facts):  # a file as RGB or grey, upright
         if image.format == "PNG" and getattr(image, "is_animated", False):
             raise ValueError("holds several frames; expected one image a file")
         image.load()
-        turn = None
-        with contextlib.suppress(Exception):  # upright, where a file's tags are damaged
-            turn = TURNS.get(image.getexif().get(0x0112))
-        image = image if turn is None else image.transpose(turn)
+        with contextlib.suppress(Exception):  # upright as it lies, and where a file's tags are damaged
+            image = image.transpose(TURNS[image.getexif()[0x0112]])
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         readings, image = facts["readings"].values(), image.convert("RGBA")
         if not all(r["coarse"] for r in readings) and np.asarray(image)[..., 3].min() < 255:  # coarse: dropped alpha
@@ -117,4 +115,6 @@ def main(arguments):  # status: 0, 1 if a file could not be judged, 2 for a mist
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main(sys.argv[1:]))
+    os._exit(1)  # who read the table has gone, as `head` does

@@ -4,6 +4,8 @@ import contextlib
 import csv
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alone import run_alone
+from alone import SCRIPT, run_alone
 from benchmarks import engines
 from datasets import build_datasets
 from datasets.decode import read_pixels
@@ -76,6 +78,16 @@ def test_a_folder_is_exported_as_a_whole(folder: Path, lines: list[str]) -> None
     assert all(outputs in line for line in lines)
     assert "; 3 images of noise: 3 of 3 verdicts equal, scores off by " in lines[0]
     assert all("; 6 normal images: " in line and " of 6 verdicts equal" in line for line in lines[1:])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes end in another way")
+def test_the_script_ends_without_a_word_when_its_reader_has_gone(folder: Path, expected: EvalResult) -> None:
+    words = [sys.executable, str(SCRIPT), str(folder / "bottle" / "model.onnx"), expected.images[0].path]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as script:
+        assert script.stdout and script.stderr
+        script.stdout.close()
+        assert script.stderr.read() == ""
+    assert script.returncode == 1
 
 
 def test_the_script_says_what_an_evaluation_says(folder: Path, expected: EvalResult) -> None:
