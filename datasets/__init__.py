@@ -251,13 +251,15 @@ def split_holdout(normal: ImageFolder, share: float, seed: int | None = None) ->
     Raises:
         UsageError: nothing is left to train on.
     """
-    own = {item.class_index for item in normal.items if item.held_out}
-    others = normal.having([item for item in normal.items if item.class_index not in own])
-    chosen = {others.items[n] for n in evenly_spread(others, share, seed)}
-    out = [item for item in normal.items if item.held_out or item in chosen]
+    items = normal.items
+    own = {item.class_index for item in items if item.held_out}
+    others = [number for number, item in enumerate(items) if item.class_index not in own]
+    spread = evenly_spread(normal.having([items[number] for number in others]), share, seed)
+    chosen = {others[place] for place in spread}
+    out = [item for number, item in enumerate(items) if item.held_out or number in chosen]
     if share and not out:
         return split_holdout(normal, 0.0)
-    kept = [item for item in normal.items if not item.held_out and not (share and item in chosen)]
+    kept = [item for number, item in enumerate(items) if not (item.held_out or (share and number in chosen))]
     if not kept:
         raise UsageError(f"--holdout: {share} of the training images leaves none to train on")
     return normal.having(kept), normal.having(out)
