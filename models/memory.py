@@ -257,16 +257,11 @@ def nearest(places: Tensor, vectors: Tensor) -> Tensor:
     at_once = ROWS if places.device.type == "cpu" else vectors.shape[1]
     if places.dtype == torch.bfloat16:
         mine, theirs = joined_norms(places), joined_norms(vectors.to(places.dtype), of_vectors=True)
-        gap = least([rounded_gap(mine, part) for part in theirs.split(at_once, 1)])
+        gap = reduce(torch.minimum, [rounded_gap(mine, part) for part in theirs.split(at_once, 1)])
     else:
-        gap = least([exact_gap(places, part.float()) for part in vectors.split(at_once, 1)])
+        gap = reduce(torch.minimum, [exact_gap(places, part.float()) for part in vectors.split(at_once, 1)])
         gap = gap + places.square().sum(2)
     return gap.float().clamp(min=0).sqrt()
-
-
-def least(gaps: Sequence[Tensor]) -> Tensor:
-    """Of each element."""
-    return reduce(torch.minimum, gaps)
 
 
 def exact_gap(places: Tensor, vectors: Tensor) -> Tensor:
