@@ -33,15 +33,23 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
     Mean and deviation are computed in single precision at least.
     """
+    return normalized_rows(x, weight, bias, eps).permute(0, 3, 1, 2)
+
+
+def normalized_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`normalize` with the channels last, (B, H, W, C)."""
     if x.device.type != "cpu":  # kernels there want one type, and compute in float32 all the same
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     with full_precision(x.device):
-        return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
+        return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)
 
 
 def activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer normalisation over the channels of (B, C, H, W), then ReLU, in the type of `x`."""
-    return F.relu(normalize(x, weight, bias, eps), inplace=True)
+    """Layer normalisation over the channels of (B, C, H, W), then ReLU, in the type of `x`.
+
+    In place, but not on the view that `normalize` gives, of whose gradient autograd would make four copies.
+    """
+    return F.relu(normalized_rows(x, weight, bias, eps), inplace=True).permute(0, 3, 1, 2)
 
 
 def coefficients(raw: Tensor, dtype: torch.dtype, clamp: float) -> tuple[Tensor, Tensor]:
