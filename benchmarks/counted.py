@@ -11,52 +11,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import weakref
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.forms import PRESETS, Bench, Form, ends, ladder
-
-
-class Held(TorchDispatchMode):
-    """Bytes that tensors hold `now` and at the `peak`, `known` ones and those that come to be."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.there: set[int] = set()
-        for tensor in known:
-            self.note(tensor)
-
-    def note(self, tensor: Tensor) -> None:
-        """Count a tensor's memory until it goes, once for all that share it."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.there:
-            self.there.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.forget, key, size)
-
-    def forget(self, key: int, size: int) -> None:
-        self.there.remove(key)
-        self.now -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
-            if isinstance(value, Tensor):
-                self.note(value)
-        return out
+from models.work import Work
 
 
 def peak_gib(size: str, batch: int, form: Form) -> float:
@@ -65,10 +28,9 @@ def peak_gib(size: str, batch: int, form: Form) -> float:
     bench.use(replace(form, fused=False, quick=False))  # "meta" has no fused optimizer, and need not be quick
     moments = [v for state in bench.optimizer.state.values() for v in state.values()]
     weights = [v for m in (bench.model, bench.extractor) for v in (*m.parameters(), *m.buffers())]
-    held = Held([*weights, *moments, bench.images, *bench.features])
-    with held:
+    with Work([*weights, *moments, bench.images, *bench.features]) as work:
         bench.loss().backward()
-    return held.peak / 2**30
+    return work.peak / 2**30
 
 
 def main() -> None:

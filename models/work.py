@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,14 +29,16 @@ class Work(TorchDispatchMode):
     Attributes:
         calls: of each operation that computes tensors its kind (`KINDS`), FLOPs, and bytes read and written; views and
             what takes memory without writing to it are none.
-        peak: most bytes that what was made meanwhile took at a time.
+        peak: most bytes that what was made meanwhile took at a time, and `known` tensors, which were there before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.calls: list[tuple[str, int, int]] = []
         self.peak = self._alive = 0
         self._known: set[int] = set()
+        for tensor in known:
+            self._note(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
