@@ -27,7 +27,7 @@ TESTS = {
     "models/conditioned.py": "condition flow vqflow", "models/products.py": "condition flow vqflow",
     "models/norm.py": "norm", "models/flow.py": "flow condition vqflow", "models/fusion.py": "flow vqflow",
     "models/hierarchy.py": "hierarchy vqflow condition", "models/loss.py": "vqflow training",
-    "models/prior.py": "flow vqflow", "models/memory.py": "memory training",
+    "models/prior.py": "flow vqflow", "models/memory.py": "memory memory_low training",
     "models/scorer.py": "scoring memory training", "models/detector.py": "memory training",
     "models/vqflow.py": "vqflow memory training", "models/extractor.py": "extractor",
     "models/official.py": "checkpoint vqflow", "utils/metrics/seven.py": "metrics",
